@@ -1,0 +1,21 @@
+"""tilemask: masked attention that costs only the tiles the mask leaves."""
+
+from . import masks
+from .attention import (
+    attention,
+    explain,
+    reference_attention,
+    scaled_dot_product_attention,
+)
+from .backends import available_backends, use_backend
+
+__version__ = "0.1.0"
+__all__ = [
+    "attention",
+    "available_backends",
+    "explain",
+    "masks",
+    "reference_attention",
+    "scaled_dot_product_attention",
+    "use_backend",
+]

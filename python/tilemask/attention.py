@@ -1,0 +1,380 @@
+"""The calls: attention() and scaled_dot_product_attention(), their argument checks and docstrings.
+
+Everything after this module assumes checked arguments.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
+from torch.overrides import handle_torch_function, has_torch_function
+
+from . import backends, lowering, masks
+from .autograd import attend
+from .backends import Call
+from .masks import describe
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: masks.Mask | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+):
+    """softmax(scale * q k^T, masked and biased) v, at the cost of the tiles that the mask leaves.
+
+    q [B, Hq, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, Dv], all float16, bfloat16, float32 or float64,
+    with any strides; Hq is a multiple of Hkv (query head h uses key head h // (Hq // Hkv)).
+    Returns out [B, Hq, Lq, Dv] in q's dtype; with return_lse=True (out, lse), lse [B, Hq, Lq] the
+    natural-log log-sum-exp of the scores, float32 (float64 for float64), differentiable.
+
+    Equivalent, for bool ``seen = mask.to_dense(B, Hq, Lq, Lk)``, to::
+
+        scores = scale * q @ k.mT                     # k, v repeated over the group
+        scores = softcap * tanh(scores / softcap)     # if softcap
+        scores = scores + bias - slopes * abs(i + Lk - Lq - j)
+        out = softmax(scores.masked_fill(~seen, -inf)) @ v
+
+    mask: a mask of tilemask.masks, or None to see everything. A row that sees nothing gives output 0,
+        lse -inf (with sinks: the sink) and zero gradients, never NaN; what padding leaves out is
+        never read.
+    bias: float, 2-D to 4-D, broadcastable to [B, Hq, Lq, Lk], in q's dtype or float32; may hold -inf.
+    scale: default 1 / sqrt(D); any finite number, 0 and negative ones included.
+    softcap: 0 = none. alibi_slopes: float [Hq] or [B, Hq]. sinks: float [Hq], one learned logit per
+        head in the softmax denominator.
+    dropout_p: probability of dropping, quantised to 1/65536. dropout_seed: an int or int64 tensor [1];
+        by default drawn from torch's generator of q's device.
+    backend: force "triton" or "reference"; see available_backends() and explain().
+
+    Raises TypeError or ValueError for arguments, naming them; RuntimeError where a forced backend
+    cannot run.
+    """
+    if has_torch_function((q, k, v, bias, alibi_slopes, sinks)):
+        return handle_torch_function(
+            attention, (q, k, v, bias, alibi_slopes, sinks), q, k, v,
+            mask=mask, bias=bias, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes,
+            sinks=sinks, dropout_p=dropout_p, dropout_seed=dropout_seed, return_lse=return_lse,
+            backend=backend,
+        )
+    call = checked(
+        q, k, v, mask, bias, scale, softcap, alibi_slopes, sinks, dropout_p, dropout_seed
+    )
+    out, lse = attend(call, backend)
+    return (out, lse) if return_lse else out
+
+
+def reference_attention(q: Tensor, k: Tensor, v: Tensor, **options):
+    """attention() in plain PyTorch, with the same arguments except ``backend``: what tests compare to."""
+    if "backend" in options:
+        raise TypeError("reference_attention() has no argument backend: it is the reference")
+    return attention(q, k, v, backend="reference", **options)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask=None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """torch.nn.functional.scaled_dot_product_attention, with masks that cost what they leave.
+
+    query (N, ..., Hq, L, E), key (N, ..., H, S, E), value (N, ..., H, S, Ev) -> (N, ..., Hq, L, Ev);
+    2 or more dimensions, batch dimensions broadcast. attn_mask: bool (True = attend) or float (added;
+    float32 or query's dtype), broadcastable to (N, ..., Hq, L, S) with 2 dimensions or more, torch's
+    CausalBias, or a tilemask mask. is_causal=True (upper-left aligned, as in torch) may come
+    together with any attn_mask. enable_gqa=True lets Hq be a multiple of H.
+
+    A row that sees nothing gives 0. Errors are those of attention().
+    """
+    if isinstance(attn_mask, CausalBias):
+        lower_right = attn_mask.variant == CausalVariant.LOWER_RIGHT
+        attn_mask = masks.causal(align="lower_right" if lower_right else "upper_left")
+    tensors = (query, key, value, attn_mask)
+    if has_torch_function(tensors):
+        return handle_torch_function(
+            scaled_dot_product_attention, tensors, query, key, value, attn_mask=attn_mask,
+            dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
+        )
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {describe(tensor)}")
+        if tensor.dim() < 2:
+            raise ValueError(f"{name} must have at least 2 dimensions, got {describe(tensor)}")
+    query, key, value = autocast(query, key, value)
+    shape = query.shape
+    batch = shape[:-3]
+    if len(shape) != 4 or key.shape[:-3] != batch or value.shape[:-3] != batch:
+        query, key, value, batch = four_dimensional(query, key, value)
+    heads = query.shape[1]
+    key, value = matched_heads(key, value, heads, enable_gqa)
+    mask, bias = split_attn_mask(attn_mask, batch, heads, query, key)
+    if is_causal:
+        mask = masks.causal() if mask is None else mask & masks.causal()
+    out = attention(query, key, value, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p)
+    return out if len(shape) == 4 else out.reshape(*batch, *shape[-3:-1], value.shape[-1])
+
+
+# -- the shapes of torch's contract ---------------------------------------------------------------
+
+
+def four_dimensional(query, key, value):
+    """[B, H, L, D] views of tensors with 2 or more dimensions, and the broadcast batch shape."""
+    tensors = [t if t.dim() > 2 else t[None] for t in (query, key, value)]
+    try:
+        batch = torch.broadcast_shapes(*(t.shape[:-3] for t in tensors))
+    except RuntimeError:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (query, key, value))
+        raise ValueError(
+            f"the batch dimensions of query, key and value do not broadcast: {shapes}"
+        ) from None
+    tensors = [t.expand(*batch, *t.shape[-3:]).reshape(-1, *t.shape[-3:]) for t in tensors]
+    return *tensors, (batch if query.dim() > 2 else torch.Size())
+
+
+def matched_heads(key, value, heads: int, enable_gqa: bool):
+    """key and value under torch's rule: equal heads or one head, or divisors with enable_gqa."""
+    found = key.shape[1], value.shape[1]
+    for name, count in zip(("key", "value"), found, strict=True):
+        if count == heads or count == 1:
+            continue
+        if not enable_gqa:
+            raise ValueError(
+                f"query has {heads} heads and {name} {count}: pass enable_gqa=True to share key "
+                "heads among query heads"
+            )
+        if count == 0 or heads % count:
+            raise ValueError(
+                f"query has {heads} heads, which is not a multiple of {name}'s {count}"
+            )
+    if found[0] != found[1]:  # rare: bring the smaller to the larger, or both to the query's
+        key, value = (
+            t.expand(-1, heads, -1, -1) if t.shape[1] == 1 else t.repeat_interleave(heads // t.shape[1], 1)
+            for t in (key, value)
+        )
+    return key, value
+
+
+def split_attn_mask(attn_mask, batch, heads: int, query, key):
+    """(mask, bias) of an attn_mask: bool tensors are masks, float ones are added."""
+    if attn_mask is None or isinstance(attn_mask, masks.Mask):
+        return attn_mask, None
+    if not isinstance(attn_mask, Tensor):
+        raise TypeError(
+            f"attn_mask must be a tensor, a tilemask mask or None, got {describe(attn_mask)}"
+        )
+    if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise TypeError(
+            f"attn_mask must be bool, float32 or query's {query.dtype}, got {describe(attn_mask)}"
+        )
+    full = (*batch, heads, query.shape[2], key.shape[2])
+    shape = tuple(attn_mask.shape)
+    aligned = (1,) * (len(full) - len(shape)) + shape
+    fits = len(aligned) == len(full) and all(
+        have in (1, want) for have, want in zip(aligned, full, strict=True)
+    )
+    if len(shape) < 2 or not fits:
+        advice = "; is it a padding mask? use mask[:, None, None, :] or masks.padding(keep=mask)"
+        raise ValueError(
+            f"attn_mask has shape {shape}, which does not broadcast to (..., Hq, L, S) = {full} from "
+            f"2 dimensions or more{advice if len(shape) <= 2 else ''}"
+        )
+    if len(full) != 4:
+        inner = aligned[-3:]
+        outer = (1,) if all(n == 1 for n in aligned[:-3]) else batch
+        attn_mask = attn_mask.reshape(aligned).expand(*outer, *inner) if outer != (1,) else attn_mask
+        attn_mask = attn_mask.reshape(-1, *(1,) * (3 - len(inner)), *inner)
+    return (masks.dense(attn_mask), None) if attn_mask.dtype == torch.bool else (None, attn_mask)
+
+
+# -- checks ---------------------------------------------------------------------------------------
+
+
+def autocast(q, k, v):
+    """q, k, v in autocast's dtype where it is on for their device; float64 stays, as in torch."""
+    kind = q.device.type
+    if not torch.is_autocast_enabled(kind):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t.to(dtype) if t.dtype in FLOATS[:3] else t for t in (q, k, v))
+
+
+def checked(
+    q, k, v, mask=None, bias=None, scale=None, softcap=0.0, alibi_slopes=None, sinks=None,
+    dropout_p=0.0, dropout_seed=None,
+) -> Call:
+    """A Call from the arguments of attention(), or an error that names the argument."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {describe(tensor)}")
+        if tensor.is_nested or tensor.layout != torch.strided:
+            raise TypeError(
+                f"{name} must be a dense tensor, got a nested or sparse one: pack the sequences along "
+                "L and use mask=masks.varlen(cu_seqlens)"
+            )
+    q, k, v = autocast(q, k, v)
+    check_tensors(q, k, v)
+    B, Hq, Lq, D = q.shape
+    Lk = k.shape[2]
+    if mask is not None and not isinstance(mask, masks.Mask):
+        advice = ": masks.dense(mask) makes one from a bool tensor" if isinstance(mask, Tensor) else ""
+        raise TypeError(f"mask must be a tilemask mask or None, got {describe(mask)}{advice}")
+    if bias is not None:
+        bias = checked_bias(bias, q, (B, Hq, Lq, Lk))
+    if scale is None:
+        scale = D**-0.5
+    elif not is_real(scale) or not math.isfinite(scale):
+        raise TypeError(f"scale must be a finite number or None, got {describe(scale)}")
+    if not is_real(softcap) or not 0 <= softcap < math.inf:
+        raise TypeError(f"softcap must be a finite number >= 0 (0 = none), got {describe(softcap)}")
+    if alibi_slopes is not None:
+        check_per_head("alibi_slopes", alibi_slopes, q, ((Hq,), (B, Hq)))
+        alibi_slopes = alibi_slopes.reshape(-1, Hq)
+    if sinks is not None:
+        check_per_head("sinks", sinks, q, ((Hq,),))
+    if not is_real(dropout_p) or not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p must be a number in [0, 1], got {describe(dropout_p)}")
+    if dropout_seed is not None or dropout_p:
+        dropout_seed = checked_seed(dropout_seed, q.device)
+    lowered = lowering.lower(mask, B, Hq, Lq, Lk, q.device)
+    return Call(
+        q, k, v, lowered, float(scale), bias, float(softcap), alibi_slopes, sinks,
+        float(dropout_p), dropout_seed,
+    )
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        raise ValueError(f"q, k and v must be [B, H, L, D] (4 dimensions), got {shapes(q, k, v)}")
+    if q.dtype not in FLOATS or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise TypeError(
+            "q, k and v must have one dtype of float16, bfloat16, float32, float64; got "
+            f"{q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    if k.device != q.device or v.device != q.device:
+        raise ValueError(
+            f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}"
+        )
+    B, Hq, _, D = q.shape
+    Bk, Hkv, Lk, Dk = k.shape
+    if D != Dk or D == 0:
+        raise ValueError(f"q and k must have one width D >= 1: {shapes(q, k, v)}")
+    if v.shape[:3] != (Bk, Hkv, Lk) or v.shape[3] == 0:
+        raise ValueError(f"v must be [B, Hkv, Lk, Dv] with k's first three: {shapes(q, k, v)}")
+    if Bk != B:
+        raise ValueError(f"k and v must have q's batch size: {shapes(q, k, v)}")
+    if (Hkv == 0 and Hq) or (Hkv and Hq % Hkv):
+        raise ValueError(
+            f"k has {Hkv} heads, q has {Hq}: q heads must be a multiple of k heads ({shapes(q, k, v)})"
+        )
+
+
+def shapes(q, k, v) -> str:
+    return f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+
+
+def is_real(value) -> bool:
+    return isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)) and not isinstance(value, bool)
+
+
+def checked_bias(bias, q: Tensor, full: tuple[int, ...]) -> Tensor:
+    """bias as a 4-D view."""
+    if not isinstance(bias, Tensor) or bias.dtype not in (q.dtype, torch.float32):
+        hint = ": a bool mask is mask=masks.dense(...)" if getattr(bias, "dtype", 0) == torch.bool else ""
+        raise TypeError(f"bias must be a float32 or {q.dtype} tensor, got {describe(bias)}{hint}")
+    if bias.device != q.device:
+        raise ValueError(f"bias is on {bias.device}, q on {q.device}")
+    shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
+    if not 2 <= bias.dim() <= 4 or any(h not in (1, w) for h, w in zip(shape, full, strict=True)):
+        raise ValueError(
+            f"bias has shape {tuple(bias.shape)}, which does not broadcast to (B, Hq, Lq, Lk) = {full} "
+            "from 2 to 4 dimensions"
+        )
+    return bias.reshape(shape)
+
+
+def check_per_head(name: str, value, q: Tensor, allowed) -> None:
+    if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
+        raise TypeError(f"{name} must be a float tensor, got {describe(value)}")
+    if tuple(value.shape) not in allowed or value.device != q.device:
+        expected = " or ".join(str(shape) for shape in allowed)
+        raise ValueError(f"{name} must be {expected} on {q.device}, got {describe(value)}")
+
+
+def checked_seed(seed, device) -> Tensor:
+    """int64 [1] on the device; drawn from torch's generator if None."""
+    if seed is None:
+        return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    if masks.is_int(seed):
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"dropout_seed must fit in 64 bits, got {seed}")
+        return torch.full((1,), seed, dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor) and seed.dtype == torch.int64 and seed.numel() == 1:
+        if seed.device != device:
+            raise ValueError(f"dropout_seed is on {seed.device}, q on {device}")
+        return seed.reshape(1)
+    raise TypeError(f"dropout_seed must be an int or an int64 tensor [1], got {describe(seed)}")
+
+
+# -- explain --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What attention() would do with a call; ``print`` it, or read the fields."""
+
+    backend: str
+    reasons: dict[str, str]  # why each other backend does not run
+    mask: str  # how the mask was lowered
+    tile: tuple[int, int]
+    visited: float  # share of the tiles that is visited
+
+    def __str__(self) -> str:
+        lines = [f"backend: {self.backend}"]
+        lines += [f"  not {name}: {reason}" for name, reason in self.reasons.items()]
+        lines.append(f"mask: {self.mask}")
+        rows, cols = self.tile
+        lines.append(f"tiles: {rows} x {cols}, {100 * self.visited:.1f} % visited")
+        return "\n".join(lines)
+
+
+def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None, mask=None, **options):
+    """Which backend attention() would choose, why not the others, and what the mask leaves.
+
+    Takes the arguments of attention(); computes nothing but the mask's tile classes. ``mask`` and the
+    tensors are read, so this is no call for a hot path. Returns an Explanation; print it.
+    """
+    options.pop("return_lse", None)
+    call = checked(q, k, v, mask, **options)
+    chosen = backends.choose(call, backend)
+    forced = backends.forced_name(backend)
+    reasons = {}
+    for other in backends.BACKENDS:
+        if other is not chosen:
+            fallback = f"{forced} is forced" if forced else f"{chosen.NAME} comes first"
+            reasons[other.NAME] = other.why_not(call) or fallback
+    tile = chosen.tile(call)
+    B, Hq, Lq, _ = q.shape
+    classes = lowering.tile_classes(mask, B, Hq, Lq, k.shape[2], tile, q.device)
+    visited = (classes != lowering.EMPTY).float().mean().item() if classes.numel() else 0.0
+    return Explanation(chosen.NAME, reasons, call.mask.form, tile, visited)

@@ -1,0 +1,745 @@
+"""Masks: what a query may see, said in a few words and never stored as a matrix.
+
+A mask answers one question: may query row ``i`` see key column ``j``, in batch ``b`` and head ``h``?
+Every mask gives up to four parts, and a pair is visible where all of them say so:
+
+* bounds, a few integers per batch: ``start <= j < end``, ``i + left <= j < i + right`` and
+  ``q_start <= i < q_end`` (causal, window, padding);
+* explicit intervals, ``lo <= j < hi`` per row (documents, varlen, prefix-LM);
+* key bits, one per key (padding with holes);
+* pair bits, one per (row, key) pair (dense masks).
+
+The first two make one interval per row, and intervals are closed under ``&``; that is what the
+kernels live on. ``Mask.to_dense`` is the definition; nothing else in the Python package says what
+visible means. Positions are global: row ``i`` and column ``j`` count from 0 in the tensors given to
+``attention``. The constructors are at the end of this module.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+UNBOUNDED = 1 << 30  # beyond every length; sums of two still fit in int32
+
+
+def check_values_of(tensor: Tensor) -> bool:
+    """Whether checks that read a mask's values run: free on the CPU, a host sync on a GPU."""
+    if torch.compiler.is_compiling() or type(tensor) is not Tensor:
+        return False
+    return tensor.device.type == "cpu" or os.environ.get("TILEMASK_DEBUG", "0") not in ("", "0")
+
+
+class Bounds(NamedTuple):
+    """The part of a mask that a few integers say.
+
+    Each field is an int or an int tensor that broadcasts against the rows it is asked for.
+    """
+
+    start: int | Tensor = 0
+    end: int | Tensor = UNBOUNDED
+    left: int | Tensor = -UNBOUNDED
+    right: int | Tensor = UNBOUNDED
+    q_start: int | Tensor = 0
+    q_end: int | Tensor = UNBOUNDED
+
+    def __and__(self, other: Bounds) -> Bounds:
+        return Bounds(
+            start=larger(self.start, other.start),
+            end=smaller(self.end, other.end),
+            left=larger(self.left, other.left),
+            right=smaller(self.right, other.right),
+            q_start=larger(self.q_start, other.q_start),
+            q_end=smaller(self.q_end, other.q_end),
+        )
+
+
+def larger(a, b):
+    """max of two values, each an int or a tensor."""
+    if isinstance(a, Tensor):
+        return torch.maximum(a, b) if isinstance(b, Tensor) else a.clamp(min=b)
+    return b.clamp(min=a) if isinstance(b, Tensor) else max(a, b)
+
+
+def smaller(a, b):
+    """min of two values, each an int or a tensor."""
+    if isinstance(a, Tensor):
+        return torch.minimum(a, b) if isinstance(b, Tensor) else a.clamp(max=b)
+    return b.clamp(max=a) if isinstance(b, Tensor) else min(a, b)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The query rows a mask is asked about, and the lengths they live in.
+
+    ``index`` holds positions, int64. For a whole batch it is [1, 1, Lq] and parameters with one
+    value per batch broadcast along the first dimension. Inside sequences (``within``) it holds each
+    row's position in its own sequence, ``sequence`` the number of that sequence, and the lengths
+    are tensors of the same shape.
+    """
+
+    index: Tensor
+    len_q: int | Tensor
+    len_k: int | Tensor
+    batch: int  # number of batches, or of sequences
+    sequence: Tensor | None = None
+
+    def per_batch(self, value, name: str):
+        """``value`` (an int, or an int tensor with one entry per batch) shaped to meet ``index``."""
+        if not isinstance(value, Tensor):
+            return value
+        value = value.to(self.index.device, torch.int64)
+        if value.numel() == 1:
+            return value.reshape(1, 1, 1)
+        if value.numel() != self.batch:
+            kind = "batch" if self.sequence is None else "sequence"
+            raise ValueError(
+                f"{name} has {value.numel()} entries, expected 1 or one per {kind} ({self.batch})"
+            )
+        return value.reshape(-1, 1, 1) if self.sequence is None else value[self.sequence]
+
+    def outermost(self, name: str) -> Rows:
+        """These rows, refused where a mask makes no sense inside another's sequences."""
+        if self.sequence is not None:
+            raise ValueError(f"{name} cannot be used as a `within` mask: sequences do not nest")
+        return self
+
+
+def visible(lo, hi, key_bits, bits, cols: Tensor) -> Tensor:
+    """The definition, for all backends: which pairs are visible.
+
+    lo, hi [B|1, H|1, L] int, key_bits [B|1, 1, 1, Lk] bool or None, bits [B|1, H|1, L|1, Lk|1] bool or
+    None, cols [Lk] int -> bool [B|1, H|1, L, Lk].
+    """
+    seen = (lo[..., None] <= cols) & (cols < hi[..., None])
+    if key_bits is not None:
+        seen = seen & key_bits
+    if bits is not None:
+        seen = seen & bits
+    return seen
+
+
+class Mask:
+    """Base of all masks; make one with the constructors below, combine with ``&``.
+
+    A subclass overrides what it has of ``bounds``, ``explicit``, ``key_bits`` and ``bits``.
+    """
+
+    def bounds(self, rows: Rows) -> Bounds:
+        """The affine part."""
+        return Bounds()
+
+    def explicit(self, rows: Rows) -> tuple[Tensor, Tensor] | None:
+        """The explicit part, (lo, hi) broadcastable to ``rows.index``; None if there is none."""
+        return None
+
+    def key_bits(self, batch: int, len_k: int, device) -> Tensor | None:
+        """Bool [B|1, 1, 1, Lk], True = may be seen; None if every key may."""
+        return None
+
+    def bits(self, batch: int, heads: int, len_q: int, len_k: int, device) -> Tensor | None:
+        """Bool [B|1, H|1, Lq|1, Lk|1]; None if intervals and key bits say it all."""
+        return None
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every tensor this mask was made from."""
+        return ()
+
+    def __and__(self, other: Mask) -> Mask:
+        if not isinstance(other, Mask):
+            return NotImplemented
+        return All((*parts_of(self), *parts_of(other)))
+
+    def interval(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """(lo, hi) int64, broadcast against ``rows.index``; (0, 0) for a row that sees nothing."""
+        index = rows.index
+        bounds = self.bounds(rows)
+        lo = larger(bounds.start, index + bounds.left)
+        hi = smaller(bounds.end, index + bounds.right)
+        explicit = self.explicit(rows)
+        if explicit is not None:
+            lo, hi = larger(lo, explicit[0]), smaller(hi, explicit[1])
+        lo, hi = lo.clamp(min=0), smaller(hi, rows.len_k)
+        alive = (lo < hi) & (index >= bounds.q_start) & (index < bounds.q_end)
+        return torch.where(alive, lo, 0), torch.where(alive, hi, 0)
+
+    def to_dense(self, B: int, H: int, Lq: int, Lk: int, device=None) -> Tensor:
+        """The mask as bool [B, H, Lq, Lk], True = may attend. A view with stride 0 where it repeats."""
+        rows = whole_rows(B, Lq, Lk, device)
+        lo, hi = self.interval(rows)
+        cols = torch.arange(Lk, device=device)
+        key_bits = self.key_bits(B, Lk, device)
+        bits = self.bits(B, H, Lq, Lk, device)
+        return visible(lo, hi, key_bits, bits, cols).expand(B, H, Lq, Lk)
+
+    def picture(self, Lq: int, Lk: int, *, B: int = 1, H: int = 1, tile=(64, 64), batch=0, head=0):
+        """A map of the tiles as text: ``.`` never visited, ``/`` partial, ``#`` full.
+
+        Lq, Lk and the number of batches B and heads H say what the mask is for; the picture shows
+        one batch and head. Its last line gives the fraction of tiles that is visited.
+        """
+        from . import lowering  # lowering reads masks, so not at import time
+
+        return lowering.picture(self, B, H, Lq, Lk, tile, batch, head)
+
+
+def whole_rows(B: int, Lq: int, Lk: int, device) -> Rows:
+    """All rows of a call."""
+    return Rows(torch.arange(Lq, device=device).view(1, 1, Lq), Lq, Lk, B)
+
+
+def parts_of(mask: Mask) -> tuple[Mask, ...]:
+    return mask.parts if isinstance(mask, All) else (mask,)
+
+
+@dataclass(frozen=True, eq=False)
+class All(Mask):
+    """The intersection of several masks; ``a & b`` makes it."""
+
+    parts: tuple[Mask, ...]
+
+    def bounds(self, rows):
+        result = Bounds()
+        for part in self.parts:
+            result = result & part.bounds(rows)
+        return result
+
+    def explicit(self, rows):
+        result = None
+        for part in self.parts:
+            own = part.explicit(rows)
+            if own is not None and result is not None:
+                own = larger(own[0], result[0]), smaller(own[1], result[1])
+            result = result if own is None else own
+        return result
+
+    def key_bits(self, batch, len_k, device):
+        return intersection(part.key_bits(batch, len_k, device) for part in self.parts)
+
+    def bits(self, batch, heads, len_q, len_k, device):
+        return intersection(part.bits(batch, heads, len_q, len_k, device) for part in self.parts)
+
+    def tensors(self):
+        return tuple(t for part in self.parts for t in part.tensors())
+
+
+def intersection(planes) -> Tensor | None:
+    result = None
+    for plane in planes:
+        if plane is not None:
+            result = plane if result is None else result & plane
+    return result
+
+
+@dataclass(frozen=True, eq=False)
+class Band(Mask):
+    """``i + offset - left <= j <= i + offset + right``; None = unbounded on that side."""
+
+    left: int | None
+    right: int | None
+    offset: int | Tensor | str  # "lower_right" stands for Lk - Lq
+
+    def bounds(self, rows):
+        if isinstance(self.offset, str):
+            offset = rows.len_k - rows.len_q
+        else:
+            offset = rows.per_batch(self.offset, "offset")
+        return Bounds(
+            left=-UNBOUNDED if self.left is None else bounded(offset - self.left),
+            right=UNBOUNDED if self.right is None else bounded(offset + self.right + 1),
+        )
+
+    def tensors(self):
+        return tensors_in(self.offset)
+
+
+def bounded(value):
+    """An offset that is safe to add to a position in int32."""
+    return smaller(larger(value, -UNBOUNDED), UNBOUNDED)
+
+
+def tensors_in(*values) -> tuple[Tensor, ...]:
+    return tuple(v for v in values if isinstance(v, Tensor))
+
+
+@dataclass(frozen=True, eq=False)
+class Padding(Mask):
+    """Keys in [start, end) and rows below query_lengths, per batch."""
+
+    start: int | Tensor | None
+    end: int | Tensor | None
+    query_lengths: int | Tensor | None
+
+    def bounds(self, rows):
+        given = {"start": self.start, "end": self.end, "q_end": self.query_lengths}
+        names = {"start": "start", "end": "lengths", "q_end": "query_lengths"}
+        limits = {"start": rows.len_k, "end": rows.len_k, "q_end": rows.len_q}
+        said = {}
+        for key, value in given.items():
+            if value is None:
+                continue
+            if rows.sequence is None:
+                check_range(value, names[key], 0, limits[key])
+            said[key] = rows.per_batch(value, names[key])
+        return Bounds(**said)
+
+    def tensors(self):
+        return tensors_in(self.start, self.end, self.query_lengths)
+
+
+def check_range(value: int | Tensor, name: str, low: int, high: int):
+    """Refuse values outside [low, high], where looking at them is free (or asked for)."""
+    if isinstance(value, Tensor):
+        if not check_values_of(value) or value.numel() == 0:
+            return
+        least, most = int(value.min()), int(value.max())
+    else:
+        least = most = value
+    if least < low or most > high:
+        raise ValueError(f"{name} must lie in [{low}, {high}], got {least} to {most}")
+
+
+@dataclass(frozen=True, eq=False)
+class KeyBits(Mask):
+    """Keys by a bool [B|1, Lk]: padding with holes."""
+
+    keep: Tensor
+
+    def key_bits(self, batch, len_k, device):
+        if self.keep.shape[1] != len_k or self.keep.shape[0] not in (1, batch):
+            raise ValueError(
+                f"keep has shape {tuple(self.keep.shape)}, expected ({batch} or 1, {len_k})"
+            )
+        return self.keep.to(device)[:, None, None, :]
+
+    def bounds(self, rows):
+        rows.outermost("padding(keep=...)")
+        return Bounds()
+
+    def tensors(self):
+        return (self.keep,)
+
+
+@dataclass(frozen=True, eq=False)
+class Chunked(Mask):
+    """Rows and columns of the same chunk of ``size`` positions."""
+
+    size: int
+
+    def explicit(self, rows):
+        first = rows.index // self.size * self.size
+        return first, first + self.size
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixLM(Mask):
+    """A prefix that everybody sees, then causal."""
+
+    lengths: int | Tensor
+
+    def explicit(self, rows):
+        if rows.sequence is None:
+            check_range(self.lengths, "lengths", 0, rows.len_k)
+        prefix = rows.per_batch(self.lengths, "lengths")
+        return torch.zeros_like(rows.index), larger(rows.index + 1, prefix)
+
+    def tensors(self):
+        return tensors_in(self.lengths)
+
+
+@dataclass(frozen=True, eq=False)
+class Intervals(Mask):
+    """Intervals given outright, [B|1, H|1, Lq]."""
+
+    lo: Tensor
+    hi: Tensor
+
+    def explicit(self, rows):
+        rows.outermost("intervals()")
+        if self.lo.shape[2] != rows.len_q or self.lo.shape[0] not in (1, rows.batch):
+            raise ValueError(
+                f"lo and hi have shape {tuple(self.lo.shape)}, expected "
+                f"({rows.batch} or 1, heads or 1, {rows.len_q})"
+            )
+        check_range(self.lo, "lo", 0, rows.len_k)
+        check_range(self.hi, "hi", 0, rows.len_k)
+        device = rows.index.device
+        return self.lo.to(device, torch.int64), self.hi.to(device, torch.int64)
+
+    def tensors(self):
+        return self.lo, self.hi
+
+
+@dataclass(frozen=True, eq=False)
+class Varlen(Mask):
+    """Sequences packed one after another; rows see keys of their own sequence."""
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    within: Mask | None
+
+    def bounds(self, rows):
+        rows.outermost("varlen()")
+        for name, cu, total in (
+            ("cu_seqlens_q", self.cu_seqlens_q, rows.len_q),
+            ("cu_seqlens_k", self.cu_seqlens_k, rows.len_k),
+        ):
+            check_range(cu, name, 0, total)
+            if check_values_of(cu) and (int(cu[0]) != 0 or bool((cu[1:] < cu[:-1]).any())):
+                raise ValueError(f"{name} must start at 0 and never decrease, got {cu.tolist()}")
+        return Bounds(
+            end=rows.per_batch(self.cu_seqlens_k[-1:], "cu_seqlens_k"),
+            q_end=rows.per_batch(self.cu_seqlens_q[-1:], "cu_seqlens_q"),
+        )
+
+    def explicit(self, rows):
+        device = rows.index.device
+        cu_q = self.cu_seqlens_q.to(device, torch.int64)
+        cu_k = self.cu_seqlens_k.to(device, torch.int64)
+        number = torch.searchsorted(cu_q, rows.index, right=True) - 1
+        number = number.clamp(0, cu_q.numel() - 2)  # rows past the last sequence are cut by q_end
+        first_q, first_k = cu_q[number], cu_k[number]
+        len_q, len_k = cu_q[number + 1] - first_q, cu_k[number + 1] - first_k
+        local = Rows(rows.index - first_q, len_q, len_k, cu_q.numel() - 1, number)
+        lo, hi = (self.within or Mask()).interval(local)
+        return first_k + lo, first_k + hi
+
+    def tensors(self):
+        inner = self.within.tensors() if self.within is not None else ()
+        return (self.cu_seqlens_q, self.cu_seqlens_k, *inner)
+
+
+@dataclass(frozen=True, eq=False)
+class Documents(Mask):
+    """Rows see keys with the same id."""
+
+    query_ids: Tensor  # [B|1, Lq]
+    key_ids: Tensor | None  # [B|1, Lk]; None = query_ids
+    contiguous: bool
+    within: Mask | None
+
+    def bounds(self, rows):
+        rows.outermost("documents()")
+        return Bounds()
+
+    def ids(self, batch: int, len_q: int, len_k: int, device) -> tuple[Tensor, Tensor]:
+        """query_ids [B|1, Lq] and key_ids [B|1, Lk], int64 on the device."""
+        query_ids = self.query_ids
+        key_ids = query_ids if self.key_ids is None else self.key_ids
+        for name, ids, length in (("query_ids", query_ids, len_q), ("key_ids", key_ids, len_k)):
+            if ids.shape[1] != length or ids.shape[0] not in (1, batch):
+                hint = "" if self.key_ids is not None else "; give key_ids where Lq != Lk"
+                raise ValueError(
+                    f"{name} has shape {tuple(ids.shape)}, expected ({batch} or 1, {length}){hint}"
+                )
+        return query_ids.to(device, torch.int64), key_ids.to(device, torch.int64)
+
+    def explicit(self, rows):
+        if not self.contiguous:
+            return None
+        query_ids, key_ids = self.ids(rows.batch, rows.len_q, rows.len_k, rows.index.device)
+        for name, ids in (("query_ids", query_ids), ("key_ids", key_ids)):
+            if check_values_of(ids):
+                check_contiguous(ids, name)
+        first_k, len_k = run_of(query_ids, key_ids)  # [B|1, Lq] each
+        first_q, len_q = run_of(query_ids, query_ids)
+        len_k, len_q = len_k[:, None, :], len_q[:, None, :]
+        local = Rows(rows.index - first_q[:, None, :], len_q, len_k, 1, torch.zeros_like(len_q))
+        lo, hi = (self.within or Mask()).interval(local)
+        return first_k[:, None, :] + lo, first_k[:, None, :] + hi
+
+    def bits(self, batch, heads, len_q, len_k, device):
+        if self.contiguous:
+            return None
+        query_ids, key_ids = self.ids(batch, len_q, len_k, device)
+        same = query_ids[:, None, :, None] == key_ids[:, None, None, :]
+        if self.within is None:
+            return same
+        _, count_k = run_of(query_ids, key_ids)
+        _, count_q = run_of(query_ids, query_ids)
+        count_k, count_q = count_k[:, None, :], count_q[:, None, :]
+        position = rank_in_run(query_ids)[:, None, :]
+        local = Rows(position, count_q, count_k, 1, torch.zeros_like(count_q))
+        lo, hi = self.within.interval(local)
+        return same & visible(lo, hi, None, None, rank_in_run(key_ids)[:, None, None, :])
+
+    def tensors(self):
+        inner = self.within.tensors() if self.within is not None else ()
+        return (*tensors_in(self.query_ids, self.key_ids), *inner)
+
+
+def run_of(ids: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """For each id [B, L] the position of its first equal in keys [B, Lk] and how many there are."""
+    if keys.shape[0] != ids.shape[0]:
+        rows = max(keys.shape[0], ids.shape[0])
+        keys, ids = keys.expand(rows, -1), ids.expand(rows, -1)
+    ordered, order = keys.sort(dim=1, stable=True)
+    left = torch.searchsorted(ordered, ids.contiguous())
+    count = torch.searchsorted(ordered, ids.contiguous(), right=True) - left
+    if keys.shape[1] == 0:
+        return torch.zeros_like(left), count
+    return order.gather(1, left.clamp(max=keys.shape[1] - 1)), count
+
+
+def rank_in_run(ids: Tensor) -> Tensor:
+    """How many equal ids stand before each one, [B, L] int64."""
+    ordered, order = ids.sort(dim=1, stable=True)
+    place = torch.arange(ids.shape[1], device=ids.device).expand_as(order)
+    rank = place - torch.searchsorted(ordered, ordered)
+    return torch.empty_like(rank).scatter_(1, order, rank)
+
+
+def check_contiguous(ids: Tensor, name: str):
+    changes = (ids[:, 1:] != ids[:, :-1]).sum(1) + (1 if ids.shape[1] else 0)
+    for row, runs in zip(ids, changes.tolist(), strict=True):
+        if row.unique().numel() != runs:
+            raise ValueError(
+                f"{name} holds an id in several separate runs; documents(..., contiguous=True) "
+                "promises one run per id: drop contiguous=True"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Mask):
+    """Any bool tensor that broadcasts to [B, H, Lq, Lk]."""
+
+    mask: Tensor = field(repr=False)
+
+    def bits(self, batch, heads, len_q, len_k, device):
+        full = (batch, heads, len_q, len_k)
+        shape = tuple(self.mask.shape)
+        padded = (1,) * (4 - len(shape)) + shape
+        if any(have not in (1, want) for have, want in zip(padded, full, strict=True)):
+            raise ValueError(
+                f"the mask has shape {shape}, which does not broadcast to (B, H, Lq, Lk) = {full}"
+                + (
+                    "; for a padding mask [B, Lk] use masks.padding(keep=mask) or mask[:, None, None]"
+                    if shape in ((batch, len_k), (1, len_k), (batch, len_q))
+                    else ""
+                )
+            )
+        return self.mask.to(device).reshape(padded)
+
+    def bounds(self, rows):
+        rows.outermost("dense()")
+        return Bounds()
+
+    def tensors(self):
+        return (self.mask,)
+
+
+# -- constructors ---------------------------------------------------------------------------------
+
+
+def causal(offset: int | Tensor = 0, *, align: str | None = None) -> Mask:
+    """Row i sees columns ``j <= i + offset``.
+
+    offset: an int, or an int tensor [B]. align="lower_right" sets it to Lk - Lq, so that the last
+    row sees every key (flash-attn's rule, and right for a KV cache); align="upper_left" is offset 0
+    (torch's rule).
+    """
+    return Band(None, 0, check_offset(offset, align))
+
+
+def window(
+    left: int, right: int, *, offset: int | Tensor = 0, align: str | None = None
+) -> Mask:
+    """Row i sees ``i + offset - left <= j <= i + offset + right``; -1 = unbounded on that side."""
+    for name, value in (("left", left), ("right", right)):
+        if not is_int(value) or value < -1:
+            raise ValueError(f"{name} must be an int >= -1 (-1 = unbounded), got {value!r}")
+    return Band(
+        None if left == -1 else left, None if right == -1 else right, check_offset(offset, align)
+    )
+
+
+def chunked(size: int) -> Mask:
+    """Rows see the columns of their own chunk: ``i // size == j // size``."""
+    if not is_int(size) or size < 1:
+        raise ValueError(f"size must be an int >= 1, got {size!r}")
+    return Chunked(size)
+
+
+def padding(
+    lengths=None, *, start=None, end=None, keep: Tensor | None = None, query_lengths=None
+) -> Mask:
+    """Which keys of each batch are real, and which query rows.
+
+    lengths: int [B] (tensor or list), keys ``j < lengths[b]``; the same as ``end``.
+    start, end: int [B], keys ``start[b] <= j < end[b]`` (left padding: start).
+    keep: bool [B, Lk], True = real, holes allowed. query_lengths: int [B], rows
+    ``i < query_lengths[b]``; the rest see nothing.
+
+    What padding leaves out never reaches a result, not even as NaN (docs/semantics.md).
+    """
+    if lengths is not None and end is not None:
+        raise ValueError("give lengths or end, not both: they mean the same")
+    end = end if lengths is None else lengths
+    if keep is None and start is None and end is None and query_lengths is None:
+        raise ValueError("padding() needs one of lengths, start, end, keep, query_lengths")
+    range_mask = Padding(
+        check_lengths("start", start),
+        check_lengths("lengths", end),
+        check_lengths("query_lengths", query_lengths),
+    )
+    if keep is None:
+        return range_mask
+    if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.dim() != 2:
+        raise TypeError(f"keep must be a bool tensor [B, Lk], True = real; got {describe(keep)}")
+    if start is None and end is None and query_lengths is None:
+        return KeyBits(keep)
+    return range_mask & KeyBits(keep)
+
+
+def padding_from_tokens(tokens: Tensor, pad_id: int) -> Mask:
+    """Keys that are not padding in tokens [B, Lk] (any integer dtype), wherever they stand."""
+    if not is_int_tensor(tokens) or tokens.dim() != 2:
+        raise TypeError(f"tokens must be an integer tensor [B, Lk], got {describe(tokens)}")
+    return KeyBits(tokens != pad_id)
+
+
+def varlen(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = None, within: Mask | None = None):
+    """Sequences packed along L: rows [cu_q[s], cu_q[s+1]) see keys [cu_k[s], cu_k[s+1]).
+
+    cu_seqlens_q, cu_seqlens_k: int [S + 1], from 0, never decreasing; key lengths default to query
+    lengths. within: a mask applied inside every sequence in its own coordinates and lengths:
+    ``varlen(cu_q, cu_k, within=causal(align="lower_right"))``. Its per-batch parameters have one
+    entry per sequence.
+    """
+    cu_q = check_cu_seqlens("cu_seqlens_q", cu_seqlens_q)
+    cu_k = cu_q if cu_seqlens_k is None else check_cu_seqlens("cu_seqlens_k", cu_seqlens_k)
+    if cu_q.numel() != cu_k.numel():
+        raise ValueError(
+            f"cu_seqlens_q has {cu_q.numel()} entries and cu_seqlens_k {cu_k.numel()}: "
+            "both need one more than there are sequences"
+        )
+    return Varlen(cu_q, cu_k, check_within(within))
+
+
+def documents(
+    query_ids: Tensor,
+    key_ids: Tensor | None = None,
+    *,
+    contiguous: bool = False,
+    within: Mask | None = None,
+) -> Mask:
+    """Row i sees column j where ``query_ids[i] == key_ids[j]``.
+
+    query_ids: int [Lq] or [B, Lq]; key_ids: [Lk] or [B, Lk], by default query_ids.
+    contiguous=True promises that the keys of an id, and its rows, stand side by side (in any order of
+    ids): then every row sees an interval and the mask costs O(L) instead of one bit per pair. The
+    promise is checked for tensors on the CPU, and elsewhere where TILEMASK_DEBUG=1 is set.
+    within: a mask applied inside each document, positions counted among its own rows and keys.
+    """
+    query_ids = check_ids("query_ids", query_ids)
+    key_ids = None if key_ids is None else check_ids("key_ids", key_ids)
+    return Documents(query_ids, key_ids, bool(contiguous), check_within(within))
+
+
+def prefix_lm(lengths) -> Mask:
+    """Row i sees ``j < max(lengths[b], i + 1)``: a visible prefix, then causal. lengths: int [B]."""
+    lengths = check_lengths("lengths", lengths)
+    if lengths is None:
+        raise TypeError("lengths must be an int, a list of ints or an int tensor [B], got None")
+    return PrefixLM(lengths)
+
+
+def intervals(lo: Tensor, hi: Tensor) -> Mask:
+    """Row i sees ``lo[i] <= j < hi[i]``. lo, hi: int [Lq] or [B|1, H|1, Lq]."""
+    for name, value in (("lo", lo), ("hi", hi)):
+        if not is_int_tensor(value) or value.dim() not in (1, 3):
+            raise TypeError(
+                f"{name} must be an integer tensor [Lq] or [B|1, H|1, Lq], got {describe(value)}"
+            )
+    lo, hi = (t.reshape(1, 1, -1) if t.dim() == 1 else t for t in (lo, hi))
+    try:
+        lo, hi = torch.broadcast_tensors(lo, hi)
+    except RuntimeError:
+        raise ValueError(f"lo {tuple(lo.shape)} and hi {tuple(hi.shape)} do not match") from None
+    return Intervals(lo, hi)
+
+
+def dense(mask: Tensor) -> Mask:
+    """Any bool tensor that broadcasts to [B, H, Lq, Lk], 2-D to 4-D; True = may attend."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(
+            f"a dense mask must be a bool tensor, True = may attend; got {describe(mask)}"
+            " (a float mask is a bias: pass bias=)"
+        )
+    if not 2 <= mask.dim() <= 4:
+        raise ValueError(
+            f"a dense mask must be (Lq, Lk), (H, Lq, Lk) or (B, H, Lq, Lk), got {describe(mask)}"
+            "; for a padding mask use masks.padding(keep=mask)"
+        )
+    return Dense(mask)
+
+
+# -- checks of the constructors' arguments --------------------------------------------------------
+
+
+def describe(value) -> str:
+    """What came, for error messages."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)} on {value.device}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_int_tensor(value) -> bool:
+    return isinstance(value, Tensor) and not (
+        value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool
+    )
+
+
+def check_offset(offset, align: str | None):
+    if align is not None:
+        if align not in ("upper_left", "lower_right"):
+            raise ValueError(f'align must be "upper_left" or "lower_right", got {align!r}')
+        if isinstance(offset, Tensor) or offset != 0:
+            raise ValueError("give offset or align, not both")
+        return 0 if align == "upper_left" else align
+    if is_int(offset) or (is_int_tensor(offset) and offset.dim() <= 1):
+        return offset
+    raise TypeError(f"offset must be an int or an integer tensor [B], got {describe(offset)}")
+
+
+def check_lengths(name: str, value):
+    if value is None or is_int(value):
+        if value is not None and value < 0:
+            raise ValueError(f"{name} must not be negative, got {value}")
+        return value
+    if isinstance(value, (list, tuple)) and all(is_int(v) for v in value):
+        value = torch.tensor(value, dtype=torch.int64)
+    if is_int_tensor(value) and value.dim() <= 1:
+        return value
+    raise TypeError(
+        f"{name} must be an int, a list of ints or an integer tensor [B], got {describe(value)}"
+    )
+
+
+def check_cu_seqlens(name: str, value) -> Tensor:
+    if not is_int_tensor(value) or value.dim() != 1 or value.numel() < 2:
+        raise TypeError(
+            f"{name} must be an integer tensor [sequences + 1] with at least 2 entries, "
+            f"got {describe(value)}"
+        )
+    return value
+
+
+def check_ids(name: str, value) -> Tensor:
+    if not is_int_tensor(value) or value.dim() not in (1, 2):
+        raise TypeError(f"{name} must be an integer tensor [L] or [B, L], got {describe(value)}")
+    return value.reshape(1, -1) if value.dim() == 1 else value
+
+
+def check_within(within):
+    if within is not None and not isinstance(within, Mask):
+        raise TypeError(f"within must be a tilemask mask, got {describe(within)}")
+    return within
