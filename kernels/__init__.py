@@ -1,15 +1,24 @@
 """The Triton kernels of tilemask, installed as `tilemask.kernels`.
 
-Modules:
-    masks      which keys a query row sees, and which tiles a loop visits
-    softmax    the online softmax step
-    forward    attention forward
-    backward   attention backward
-    pack       boolean masks packed into bits, and the lists of tiles they leave
-    tuning     one table of tile sizes
+Modules, each using only those before it:
+    tuning       one table of tile shapes
+    tiles        tensors as kernel arguments, and loading and storing a tile of rows
+    masks        which columns a row sees, which tiles a loop visits, and the select itself
+    pack         the lists of tiles that explicit masks leave
+    softmax      the online softmax step
+    forward      attention forward
+    backward     attention backward
+    interpreter  bfloat16 for Triton's CPU interpreter
 """
+
+import os
 
 # From the repository root, a plain `import kernels` finds this directory too: it would make a
 # second copy of every kernel, with a compilation cache of its own.
 if __name__ != "tilemask.kernels":
     raise ImportError(f"these kernels are imported as tilemask.kernels, not as {__name__}")
+
+if os.environ.get("TRITON_INTERPRET", "0") == "1":
+    from . import interpreter
+
+    interpreter.install()

@@ -1,13 +1,13 @@
 """Backward: two kernels and no atomics, so gradients are the same in every run.
 
-``dq_kernel`` walks the column blocks of a row block, as the forward does; ``dkv_kernel`` walks the row
-blocks of a column block, for every query head that shares its key head. Both recompute
+``dq_kernel`` walks the column blocks of a row block, as the forward does; ``dkv_kernel`` walks the
+row blocks of a column block, for every query head that shares its key head. Both recompute
 
     p  = exp(scale * q k^T - lse), masked          ds = p * (do v^T - delta)
     dv = p^T do      dk = scale * ds^T q      dq = scale * ds k      delta = rowsum(do * out) - dlse
 
-from the saved lse (FlashAttention-2, Dao, arXiv:2307.08691). The price of determinism is that scores
-and do v^T are computed twice, seven products instead of five.
+from the saved lse (FlashAttention-2, Dao, arXiv:2307.08691). The price of determinism is that
+scores and do v^T are computed twice, seven products instead of five.
 """
 
 import torch
@@ -36,34 +36,50 @@ from .tuning import TileConfig, padded
 
 
 @triton.jit
-def load_lse(lse, offset, rows, len_q):
-    """lse of rows [M] in log2 units; +inf for rows that see nothing, which makes their p 0."""
-    value = tl.load(lse + offset + rows, mask=rows < len_q, other=float("-inf"))
+def load_lse(lse, rows, len_q):
+    """A head's lse of rows [M] in log2 units; +inf for rows that see nothing, which makes their p
+    0."""
+    value = tl.load(lse + rows, mask=rows < len_q, other=float("-inf"))
     return tl.where(value == float("-inf"), float("inf"), value * LOG2_E)
 
 
 @triton.jit
 def dq_step(
-    q, do, k_head, v_head, k, v,  # [M, BLOCK_D], [M, BLOCK_DV], heads' pointers, TensorArgs
-    first_col, lo, hi, bounds, lse2, delta,  # [M] each
-    dq, scale_log2,  # [M, BLOCK_D]
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr, PORTABLE: tl.constexpr, PARTIAL: tl.constexpr,
+    q,  # [M, BLOCK_D]
+    do,  # [M, BLOCK_DV]
+    k,  # heads: (pointer to [Lk, D], row stride)
+    v,
+    first_col,
+    lo,  # [M] the rows' intervals
+    hi,
+    bounds,
+    lse2,  # [M] in log2 units
+    delta,  # [M]
+    dq,  # [M, BLOCK_D]
+    scale_log2,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PORTABLE: tl.constexpr,
+    PARTIAL: tl.constexpr,
 ):
+    BLOCK_D: tl.constexpr = q.shape[1]
+    BLOCK_DV: tl.constexpr = do.shape[1]
     inside = None
     if PARTIAL:
         cols = first_col + tl.arange(0, BLOCK_N)
         inside = live_columns(cols, bounds)  # [N]
 
     # p = exp(scores - lse), masked
-    k_tile = load_tile(k_head, k.stride_l, first_col, inside, BLOCK_N, D, BLOCK_D)  # [N, D]
+    k_tile = load_tile(k, first_col, inside, BLOCK_N, D, BLOCK_D)  # [N, D]
     scores = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)  # [M, N]
     p = tl.exp2(scores * scale_log2 - lse2[:, None])
     if PARTIAL:
         p = masked(p, lo, hi, first_col, 0.0, PORTABLE)
 
     # ds = p * (do @ v.T - delta)
-    v_tile = load_tile(v_head, v.stride_l, first_col, inside, BLOCK_N, DV, BLOCK_DV)  # [N, DV]
+    v_tile = load_tile(v, first_col, inside, BLOCK_N, DV, BLOCK_DV)  # [N, DV]
     dp = tl.dot(do, tl.trans(v_tile), input_precision=PRECISION)  # [M, N]
     ds = p * (dp - delta[:, None])
 
@@ -71,14 +87,42 @@ def dq_step(
     return tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["start", "end", "left", "right", "q_start", "q_end", "len_q", "len_k"])
+@triton.jit(
+    do_not_specialize=["start", "end", "left", "right", "q_start", "q_end", "len_q", "len_k"]
+)
 def dq_kernel(
-    q, k, v, out, do, dq,  # TensorArgs: [B, Hq, Lq, D], [B, Hkv, Lk, D or DV], [B, Hq, Lq, DV] x 2
-    lse, dlse, delta,  # [B, Hq, Lq] each; dlse or None; delta is written
-    mask, lists, visits,  # MaskArgs, ListArgs, counters or None
-    start, end, left, right, q_start, q_end, scale, scale_log2, heads, group, len_q, len_k,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PORTABLE: tl.constexpr,
+    q,  # TensorArg [B, Hq, Lq, D]
+    k,  # TensorArg [B, Hkv, Lk, D]
+    v,  # TensorArg [B, Hkv, Lk, DV]
+    out,  # TensorArg [B, Hq, Lq, DV]
+    do,  # TensorArg [B, Hq, Lq, DV]
+    dq,  # TensorArg [B, Hq, Lq, D]
+    lse,  # [B, Hq, Lq]
+    dlse,  # [B, Hq, Lq] or None
+    delta,  # [B, Hq, Lq], written
+    mask,  # MaskArgs
+    lists,  # ListArgs, by row block
+    visits,  # [B * Hq, row blocks, column blocks, 2] or None
+    start,  # the six bounds, where mask.bounds is None
+    end,
+    left,
+    right,
+    q_start,
+    q_end,
+    scale,
+    scale_log2,
+    heads,
+    group,
+    len_q,
+    len_k,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PORTABLE: tl.constexpr,
 ):
     # where am I: the last row block first, under a causal mask it is the longest
     row_blocks = tl.cdiv(len_q, BLOCK_M)
@@ -95,14 +139,14 @@ def dq_kernel(
     lo, hi = row_intervals(rows, mask, b, h, bounds, len_q)
     alive = lo < hi
     offset = bh.to(tl.int64) * len_q
-    q_tile = load_tile(head_of(q, b, h), q.stride_l, first_row, alive, BLOCK_M, D, BLOCK_D)
-    do_tile = load_tile(head_of(do, b, h), do.stride_l, first_row, alive, BLOCK_M, DV, BLOCK_DV)
-    out_tile = load_tile(head_of(out, b, h), out.stride_l, first_row, alive, BLOCK_M, DV, BLOCK_DV)
+    q_tile = load_tile(head_of(q, b, h), first_row, alive, BLOCK_M, D, BLOCK_D)
+    do_tile = load_tile(head_of(do, b, h), first_row, alive, BLOCK_M, DV, BLOCK_DV)
+    out_tile = load_tile(head_of(out, b, h), first_row, alive, BLOCK_M, DV, BLOCK_DV)
     row_delta = tl.sum(out_tile.to(tl.float32) * do_tile.to(tl.float32), 1)  # [M]
     if dlse is not None:
         row_delta -= tl.load(dlse + offset + rows, mask=alive, other=0.0)
     tl.store(delta + offset + rows, row_delta, mask=rows < len_q)
-    lse2 = load_lse(lse, offset, rows, len_q)
+    lse2 = load_lse(lse + offset, rows, len_q)
 
     partial, full, partial_at, full_at = columns_to_visit(
         row_block, lists, b, h, bounds, BLOCK_M, BLOCK_N
@@ -114,8 +158,23 @@ def dq_kernel(
         col_block = partial_block(t, lists, partial_at, full, full_at)
         count_visit(visits, row_block, col_block, row_blocks, col_blocks, bh, True)
         dq_tile = dq_step(
-            q_tile, do_tile, k_head, v_head, k, v, col_block * BLOCK_N, lo, hi, bounds, lse2,
-            row_delta, dq_tile, scale_log2, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, PORTABLE,
+            q_tile,
+            do_tile,
+            k_head,
+            v_head,
+            col_block * BLOCK_N,
+            lo,
+            hi,
+            bounds,
+            lse2,
+            row_delta,
+            dq_tile,
+            scale_log2,
+            D,
+            DV,
+            BLOCK_N,
+            PRECISION,
+            PORTABLE,
             True,
         )
 
@@ -123,29 +182,62 @@ def dq_kernel(
         col_block = full_block(t, lists, full_at)
         count_visit(visits, row_block, col_block, row_blocks, col_blocks, bh, False)
         dq_tile = dq_step(
-            q_tile, do_tile, k_head, v_head, k, v, col_block * BLOCK_N, lo, hi, bounds, lse2,
-            row_delta, dq_tile, scale_log2, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, PORTABLE,
+            q_tile,
+            do_tile,
+            k_head,
+            v_head,
+            col_block * BLOCK_N,
+            lo,
+            hi,
+            bounds,
+            lse2,
+            row_delta,
+            dq_tile,
+            scale_log2,
+            D,
+            DV,
+            BLOCK_N,
+            PRECISION,
+            PORTABLE,
             False,
         )
 
     # a row that saw nothing has gradient 0
     dq_tile = tl.where(alive[:, None], dq_tile * scale, 0.0)
-    dq_head = head_of(dq, b, h)
-    store_tile(dq_head, dq.stride_l, first_row, dq_tile, rows < len_q, D, BLOCK_M, BLOCK_D)
+    store_tile(head_of(dq, b, h), first_row, dq_tile, rows < len_q, D)
 
 
 @triton.jit
 def dkv_step(
-    k, v, cols, q_head, do_head, q, do,  # [N, BLOCK_D], [N, BLOCK_DV], [N], pointers, TensorArgs
-    first_row, mask, b, h, bounds,
-    lse, delta, offset, dk, dv, scale_log2, len_q,  # dk [N, BLOCK_D], dv [N, BLOCK_DV]
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr, PORTABLE: tl.constexpr, PARTIAL: tl.constexpr,
+    k,  # [N, BLOCK_D]
+    v,  # [N, BLOCK_DV]
+    cols,  # [N]
+    q,  # heads: (pointer to [Lq, D], row stride)
+    do,
+    first_row,
+    mask,
+    b,
+    h,
+    bounds,
+    lse,  # pointers to the head's [Lq]
+    delta,
+    dk,  # [N, BLOCK_D]
+    dv,  # [N, BLOCK_DV]
+    scale_log2,
+    len_q,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PORTABLE: tl.constexpr,
+    PARTIAL: tl.constexpr,
 ):
+    BLOCK_D: tl.constexpr = k.shape[1]
+    BLOCK_DV: tl.constexpr = v.shape[1]
     rows = first_row + tl.arange(0, BLOCK_M)
     inside = live_rows(rows, bounds)  # [M]
-    q_tile = load_tile(q_head, q.stride_l, first_row, inside, BLOCK_M, D, BLOCK_D)  # [M, D]
-    lse2 = load_lse(lse, offset, rows, len_q)  # [M]
+    q_tile = load_tile(q, first_row, inside, BLOCK_M, D, BLOCK_D)  # [M, D]
+    lse2 = load_lse(lse, rows, len_q)  # [M]
 
     # p = exp(scores - lse), masked, transposed
     scores = tl.dot(k, tl.trans(q_tile), input_precision=PRECISION)  # [N, M]
@@ -159,11 +251,11 @@ def dkv_step(
             p = masked(p, first, last, first_row, 0.0, PORTABLE)
 
     # dv += p.T @ do
-    do_tile = load_tile(do_head, do.stride_l, first_row, inside, BLOCK_M, DV, BLOCK_DV)  # [M, DV]
+    do_tile = load_tile(do, first_row, inside, BLOCK_M, DV, BLOCK_DV)  # [M, DV]
     dv = tl.dot(p.to(do_tile.dtype), do_tile, dv, input_precision=PRECISION)
 
     # ds = p * (do @ v.T - delta), transposed
-    row_delta = tl.load(delta + offset + rows, mask=rows < len_q, other=0.0)  # [M]
+    row_delta = tl.load(delta + rows, mask=rows < len_q, other=0.0)  # [M]
     dp = tl.dot(v, tl.trans(do_tile), input_precision=PRECISION)  # [N, M]
     ds = p * (dp - row_delta[None, :])
 
@@ -172,29 +264,56 @@ def dkv_step(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["start", "end", "left", "right", "q_start", "q_end", "len_q", "len_k"])
+@triton.jit(
+    do_not_specialize=["start", "end", "left", "right", "q_start", "q_end", "len_q", "len_k"]
+)
 def dkv_kernel(
-    q, k, v, do, dk, dv,  # TensorArgs: [B, Hq, Lq, D], [B, Hkv, Lk, D], [.., DV], [B, Hq, Lq, DV]
-    lse, delta,  # [B, Hq, Lq] each
-    mask, lists, visits,  # MaskArgs, ListArgs (transposed), counters or None
-    start, end, left, right, q_start, q_end, scale, scale_log2, kv_heads, group, len_q, len_k,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PORTABLE: tl.constexpr,
+    q,  # TensorArg [B, Hq, Lq, D]
+    k,  # TensorArg [B, Hkv, Lk, D]
+    v,  # TensorArg [B, Hkv, Lk, DV]
+    do,  # TensorArg [B, Hq, Lq, DV]
+    dk,  # TensorArg [B, Hkv, Lk, D]
+    dv,  # TensorArg [B, Hkv, Lk, DV]
+    lse,  # [B, Hq, Lq]
+    delta,  # [B, Hq, Lq]
+    mask,  # MaskArgs
+    lists,  # ListArgs, by column block
+    visits,  # [B * Hq, row blocks, column blocks, 2] or None
+    start,  # the six bounds, where mask.bounds is None
+    end,
+    left,
+    right,
+    q_start,
+    q_end,
+    scale,
+    scale_log2,
+    kv_heads,
+    group,
+    len_q,
+    len_k,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PORTABLE: tl.constexpr,
 ):
     # where am I: the first column block first, under a causal mask it is the longest
     row_blocks = tl.cdiv(len_q, BLOCK_M)
     col_blocks = tl.cdiv(len_k, BLOCK_N)
     col_block = tl.program_id(0) % col_blocks
-    b, kv_head = tl.program_id(0) // col_blocks // kv_heads, tl.program_id(0) // col_blocks % kv_heads
+    b = tl.program_id(0) // col_blocks // kv_heads
+    kv_head = tl.program_id(0) // col_blocks % kv_heads
     first_col = col_block * BLOCK_N
     cols = first_col + tl.arange(0, BLOCK_N)
 
     # my columns: k and v, never read where padding excludes them
     bounds = load_bounds(mask, b, start, end, left, right, q_start, q_end, len_q, len_k)
     inside = live_columns(cols, bounds)  # [N]
-    k_head, v_head = head_of(k, b, kv_head), head_of(v, b, kv_head)
-    k_tile = load_tile(k_head, k.stride_l, first_col, inside, BLOCK_N, D, BLOCK_D)
-    v_tile = load_tile(v_head, v.stride_l, first_col, inside, BLOCK_N, DV, BLOCK_DV)
+    k_tile = load_tile(head_of(k, b, kv_head), first_col, inside, BLOCK_N, D, BLOCK_D)
+    v_tile = load_tile(head_of(v, b, kv_head), first_col, inside, BLOCK_N, DV, BLOCK_DV)
     dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_tile = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
 
@@ -212,25 +331,61 @@ def dkv_kernel(
             row_block = partial_block(t, lists, partial_at, full, full_at)
             count_visit(visits, row_block, col_block, row_blocks, col_blocks, bh, True)
             dk_tile, dv_tile = dkv_step(
-                k_tile, v_tile, cols, q_head, do_head, q, do, row_block * BLOCK_M, mask, b, h,
-                bounds, lse, delta, offset, dk_tile, dv_tile,
-                scale_log2, len_q, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, PRECISION, PORTABLE, True,
+                k_tile,
+                v_tile,
+                cols,
+                q_head,
+                do_head,
+                row_block * BLOCK_M,
+                mask,
+                b,
+                h,
+                bounds,
+                lse + offset,
+                delta + offset,
+                dk_tile,
+                dv_tile,
+                scale_log2,
+                len_q,
+                D,
+                DV,
+                BLOCK_M,
+                PRECISION,
+                PORTABLE,
+                True,
             )
 
         for t in range(full):
             row_block = full_block(t, lists, full_at)
             count_visit(visits, row_block, col_block, row_blocks, col_blocks, bh, False)
             dk_tile, dv_tile = dkv_step(
-                k_tile, v_tile, cols, q_head, do_head, q, do, row_block * BLOCK_M, mask, b, h,
-                bounds, lse, delta, offset, dk_tile, dv_tile,
-                scale_log2, len_q, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, PRECISION, PORTABLE, False,
+                k_tile,
+                v_tile,
+                cols,
+                q_head,
+                do_head,
+                row_block * BLOCK_M,
+                mask,
+                b,
+                h,
+                bounds,
+                lse + offset,
+                delta + offset,
+                dk_tile,
+                dv_tile,
+                scale_log2,
+                len_q,
+                D,
+                DV,
+                BLOCK_M,
+                PRECISION,
+                PORTABLE,
+                False,
             )
 
     in_tensor = cols < len_k
-    dk_head, dv_head = head_of(dk, b, kv_head), head_of(dv, b, kv_head)
-    dk_tile = dk_tile * scale
-    store_tile(dk_head, dk.stride_l, first_col, dk_tile, in_tensor, D, BLOCK_N, BLOCK_D)
-    store_tile(dv_head, dv.stride_l, first_col, dv_tile, in_tensor, DV, BLOCK_N, BLOCK_DV)
+    store_tile(head_of(dk, b, kv_head), first_col, dk_tile * scale, in_tensor, D)
+    store_tile(head_of(dv, b, kv_head), first_col, dv_tile, in_tensor, DV)
 
 
 def backward_dq(
@@ -262,12 +417,35 @@ def backward_dq(
     if grid[0] == 0:
         return
     dq_kernel[grid](
-        tensor_arg(q), tensor_arg(k), tensor_arg(v), tensor_arg(out), tensor_arg(do), tensor_arg(dq),
-        lse, dlse, delta, mask, list_args(lists), visits,
-        *bounds, scale, scale * LOG2_E.value, heads, group, len_q, len_k,
-        D=width, DV=width_v, BLOCK_D=padded(width), BLOCK_DV=padded(width_v),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, PRECISION=precision, PORTABLE=portable,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        tensor_arg(q),
+        tensor_arg(k),
+        tensor_arg(v),
+        tensor_arg(out),
+        tensor_arg(do),
+        tensor_arg(dq),
+        lse,
+        dlse,
+        delta,
+        mask,
+        list_args(lists),
+        visits,
+        *bounds,
+        scale,
+        scale * LOG2_E.value,
+        heads,
+        group,
+        len_q,
+        len_k,
+        D=width,
+        DV=width_v,
+        BLOCK_D=padded(width),
+        BLOCK_DV=padded(width_v),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        PRECISION=precision,
+        PORTABLE=portable,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
 
 
@@ -299,10 +477,32 @@ def backward_dkv(
     if grid[0] == 0:
         return
     dkv_kernel[grid](
-        tensor_arg(q), tensor_arg(k), tensor_arg(v), tensor_arg(do), tensor_arg(dk), tensor_arg(dv),
-        lse, delta, mask, list_args(lists), visits,
-        *bounds, scale, scale * LOG2_E.value, kv_heads, heads // kv_heads, len_q, len_k,
-        D=width, DV=width_v, BLOCK_D=padded(width), BLOCK_DV=padded(width_v),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, PRECISION=precision, PORTABLE=portable,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        tensor_arg(q),
+        tensor_arg(k),
+        tensor_arg(v),
+        tensor_arg(do),
+        tensor_arg(dk),
+        tensor_arg(dv),
+        lse,
+        delta,
+        mask,
+        list_args(lists),
+        visits,
+        *bounds,
+        scale,
+        scale * LOG2_E.value,
+        kv_heads,
+        heads // kv_heads,
+        len_q,
+        len_k,
+        D=width,
+        DV=width_v,
+        BLOCK_D=padded(width),
+        BLOCK_DV=padded(width_v),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        PRECISION=precision,
+        PORTABLE=portable,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )

@@ -9,9 +9,8 @@ partial tiles, one over full tiles that has no mask code at all.
 """
 
 import torch
-import triton.language as tl
-
 import triton
+import triton.language as tl
 
 from .masks import (
     MaskArgs,
@@ -32,19 +31,33 @@ from .tuning import TileConfig, padded
 
 @triton.jit
 def forward_step(
-    q, k_head, v_head, k, v,  # [M, BLOCK_D], heads' pointers, TensorArgs
-    first_col, lo, hi, bounds,  # lo, hi [M]
-    acc, m, l, scale_log2,  # [M, BLOCK_DV], [M], [M]
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr, PORTABLE: tl.constexpr, PARTIAL: tl.constexpr,
+    q,  # [M, BLOCK_D]
+    k,  # heads: (pointer to [Lk, D], row stride)
+    v,
+    first_col,
+    lo,  # [M] the rows' intervals
+    hi,
+    bounds,
+    acc,  # [M, BLOCK_DV]
+    m,  # [M]
+    l,  # [M]
+    scale_log2,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PORTABLE: tl.constexpr,
+    PARTIAL: tl.constexpr,
 ):
+    BLOCK_D: tl.constexpr = q.shape[1]
+    BLOCK_DV: tl.constexpr = acc.shape[1]
     inside = None
     if PARTIAL:  # what padding excludes is never read: 0 * NaN would be NaN
         cols = first_col + tl.arange(0, BLOCK_N)
         inside = live_columns(cols, bounds)  # [N]
 
     # scores = q @ k.T, masked
-    k_tile = load_tile(k_head, k.stride_l, first_col, inside, BLOCK_N, D, BLOCK_D)  # [N, D]
+    k_tile = load_tile(k, first_col, inside, BLOCK_N, D, BLOCK_D)  # [N, D]
     scores = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)  # [M, N]
     if PARTIAL:
         scores = masked(scores, lo, hi, first_col, float("-inf"), PORTABLE)
@@ -52,18 +65,42 @@ def forward_step(
     p, rescale, m, l = softmax_step(scores, m, l, scale_log2, PARTIAL)
 
     # acc = acc * rescale + p @ v
-    v_tile = load_tile(v_head, v.stride_l, first_col, inside, BLOCK_N, DV, BLOCK_DV)  # [N, DV]
+    v_tile = load_tile(v, first_col, inside, BLOCK_N, DV, BLOCK_DV)  # [N, DV]
     acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision=PRECISION)
     return acc, m, l
 
 
-@triton.jit(do_not_specialize=["start", "end", "left", "right", "q_start", "q_end", "len_q", "len_k"])
+@triton.jit(
+    do_not_specialize=["start", "end", "left", "right", "q_start", "q_end", "len_q", "len_k"]
+)
 def forward_kernel(
-    q, k, v, out, lse,  # [B, Hq, Lq, D], [B, Hkv, Lk, D], [.., DV], [B, Hq, Lq, DV], [B, Hq, Lq]
-    mask, lists, visits,  # MaskArgs, ListArgs, counters or None
-    start, end, left, right, q_start, q_end, scale_log2, heads, group, len_q, len_k,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr,
+    q,  # TensorArg [B, Hq, Lq, D]
+    k,  # TensorArg [B, Hkv, Lk, D]
+    v,  # TensorArg [B, Hkv, Lk, DV]
+    out,  # TensorArg [B, Hq, Lq, DV]
+    lse,  # [B, Hq, Lq]
+    mask,  # MaskArgs
+    lists,  # ListArgs, by row block
+    visits,  # [B * Hq, row blocks, column blocks, 2] or None
+    start,  # the six bounds, where mask.bounds is None
+    end,
+    left,
+    right,
+    q_start,
+    q_end,
+    scale_log2,
+    heads,
+    group,
+    len_q,
+    len_k,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
     PORTABLE: tl.constexpr,
 ):
     # where am I: the last row block first, under a causal mask it is the longest
@@ -80,7 +117,7 @@ def forward_kernel(
     bounds = load_bounds(mask, b, start, end, left, right, q_start, q_end, len_q, len_k)
     lo, hi = row_intervals(rows, mask, b, h, bounds, len_q)
     alive = lo < hi
-    q_tile = load_tile(head_of(q, b, h), q.stride_l, first_row, alive, BLOCK_M, D, BLOCK_D)
+    q_tile = load_tile(head_of(q, b, h), first_row, alive, BLOCK_M, D, BLOCK_D)
     if SIGN != 1:
         q_tile = (q_tile.to(tl.float32) * SIGN).to(q_tile.dtype)
 
@@ -96,23 +133,53 @@ def forward_kernel(
         col_block = partial_block(t, lists, partial_at, full, full_at)
         count_visit(visits, row_block, col_block, row_blocks, col_blocks, bh, True)
         acc, m, l = forward_step(
-            q_tile, k_head, v_head, k, v, col_block * BLOCK_N, lo, hi, bounds, acc, m, l,
-            scale_log2, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, PORTABLE, True,
+            q_tile,
+            k_head,
+            v_head,
+            col_block * BLOCK_N,
+            lo,
+            hi,
+            bounds,
+            acc,
+            m,
+            l,
+            scale_log2,
+            D,
+            DV,
+            BLOCK_N,
+            PRECISION,
+            PORTABLE,
+            True,
         )
 
     for t in range(full):
         col_block = full_block(t, lists, full_at)
         count_visit(visits, row_block, col_block, row_blocks, col_blocks, bh, False)
         acc, m, l = forward_step(
-            q_tile, k_head, v_head, k, v, col_block * BLOCK_N, lo, hi, bounds, acc, m, l,
-            scale_log2, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, PORTABLE, False,
+            q_tile,
+            k_head,
+            v_head,
+            col_block * BLOCK_N,
+            lo,
+            hi,
+            bounds,
+            acc,
+            m,
+            l,
+            scale_log2,
+            D,
+            DV,
+            BLOCK_N,
+            PRECISION,
+            PORTABLE,
+            False,
         )
 
     # divide by the row sums and store; a row that saw nothing gets 0 and -inf
     inverse, row_lse = softmax_end(m, l, alive)
     acc = tl.where(alive[:, None], acc * inverse[:, None], 0.0)
     inside = rows < len_q
-    store_tile(head_of(out, b, h), out.stride_l, first_row, acc, inside, DV, BLOCK_M, BLOCK_DV)
+    store_tile(head_of(out, b, h), first_row, acc, inside, DV)
     tl.store(lse + bh.to(tl.int64) * len_q + rows, row_lse, mask=inside)
 
 
@@ -133,9 +200,9 @@ def forward(
 ) -> None:
     """Launch the kernel: fills out [B, Hq, Lq, DV] and lse float32 [B, Hq, Lq], contiguous.
 
-    q [B, Hq, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, DV]: unit last stride. bounds: six ints, used
-    where mask.bounds is None. lists: from build_lists for config's tile, where mask.lo is given.
-    visits: int32 zeros [B * Hq, row blocks, column blocks, 2], counted up by tile and class.
+    q [B, Hq, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, DV]: unit last stride. bounds: six ints,
+    used where mask.bounds is None. lists: from build_lists for config's tile, where mask.lo is
+    given. visits: int32 zeros [B * Hq, row blocks, column blocks, 2], counted up by tile and class.
     """
     batch, heads, len_q, width = q.shape
     group, len_k, width_v = heads // k.shape[1], k.shape[2], v.shape[3]
@@ -146,10 +213,29 @@ def forward(
     if grid[0] == 0:
         return
     forward_kernel[grid](
-        tensor_arg(q), tensor_arg(k), tensor_arg(v), tensor_arg(out), lse,
-        mask, list_args(lists), visits,
-        *bounds, (abs(scale) if sign else 1.0) * LOG2_E.value, heads, group, len_q, len_k,
-        D=width, DV=width_v, BLOCK_D=padded(width), BLOCK_DV=padded(width_v),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, SIGN=sign, PRECISION=precision,
-        PORTABLE=portable, num_warps=config.num_warps, num_stages=config.num_stages,
+        tensor_arg(q),
+        tensor_arg(k),
+        tensor_arg(v),
+        tensor_arg(out),
+        lse,
+        mask,
+        list_args(lists),
+        visits,
+        *bounds,
+        (abs(scale) if sign else 1.0) * LOG2_E.value,
+        heads,
+        group,
+        len_q,
+        len_k,
+        D=width,
+        DV=width_v,
+        BLOCK_D=padded(width),
+        BLOCK_DV=padded(width_v),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        SIGN=sign,
+        PRECISION=precision,
+        PORTABLE=portable,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )

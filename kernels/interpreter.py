@@ -1,9 +1,9 @@
 """bfloat16 for Triton's CPU interpreter, which has none: installed where TRITON_INTERPRET=1 is set.
 
-The interpreter of Triton 3.6 to 3.9 keeps bfloat16 as raw 16-bit integers: ``tl.dot`` multiplies the bit
-patterns, casts from float32 truncate, arithmetic works on bits. Here products and casts go through
-float32 with rounding to nearest even, and arithmetic on bfloat16 raises, since a kernel should have
-cast to float32 first.
+The interpreter of Triton 3.6 to 3.9 keeps bfloat16 as raw 16-bit integers: ``tl.dot`` multiplies
+the bit patterns, casts from float32 truncate, arithmetic works on bits. Here products and casts go
+through float32 with rounding to nearest even, and arithmetic on bfloat16 raises, since a kernel
+should have cast to float32 first.
 """
 
 import numpy as np

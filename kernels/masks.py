@@ -1,8 +1,8 @@
 """The mask in the kernels: which columns a row sees, which tiles to visit, and the select itself.
 
-A row's mask is an interval of columns, ``lo <= j < hi``. Affine masks compute it from six integers per
-batch (start, end, left, right, q_start, q_end: see tilemask.masks.Bounds), explicit masks load it.
-``visible`` is the definition; the two selects below it apply it to a tile of scores.
+A row's mask is an interval of columns, ``lo <= j < hi``. Affine masks compute it from six integers
+per batch (start, end, left, right, q_start, q_end: see tilemask.masks.Bounds), explicit masks load
+it. ``visible`` is the definition; the two selects below it apply it to a tile of scores.
 
 Tiles of BLOCK_M rows x BLOCK_N columns fall into three classes:
 
@@ -11,9 +11,9 @@ Tiles of BLOCK_M rows x BLOCK_N columns fall into three classes:
     # # # / . .    causal           #  full: every row that sees anything sees all columns;
     # # # # / .                        a loop without mask code
 
-A row that sees nothing counts neither against full nor towards any bound; the kernels zero it at the
-end. Affine masks give the visited blocks of a row block (or of a column block, for dK and dV) in
-closed form; explicit ones read lists that kernels/pack.py built.
+A row that sees nothing counts neither against full nor towards any bound; the kernels zero it at
+the end. Affine masks give the visited blocks of a row block (or of a column block, for dK and dV)
+in closed form; explicit ones read lists that kernels/pack.py built.
 """
 
 from typing import NamedTuple
@@ -103,7 +103,8 @@ def live_rows(rows, bounds):
 
 @triton.jit
 def visible(lo, hi, cols):
-    """The definition: a row with the interval [lo, hi) sees column cols. The rest derives from it."""
+    """The definition: a row with the interval [lo, hi) sees column cols. The rest derives from
+    it."""
     return (lo <= cols) & (cols < hi)
 
 
@@ -238,8 +239,9 @@ def column_ranges(first_row, bounds, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexp
 def row_ranges(first_col, bounds, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Row blocks of a column block under affine bounds, as column_ranges.
 
-    Column j is seen by the rows max(q_start, j - right + 1) <= i < min(q_end, j - left + 1): the same
-    form with rows and columns exchanged. Rows that see nothing do not count against full, columns do.
+    Column j is seen by the rows max(q_start, j - right + 1) <= i < min(q_end, j - left + 1): the
+    same form with rows and columns exchanged. Rows that see nothing do not count against full,
+    columns do.
     """
     start, end, left, right, q_start, q_end = bounds
     live_first, live_last = live_range(start, end, left, right, q_start, q_end)
@@ -269,11 +271,10 @@ def ordered_ranges(nothing, first, first_full, last_full, last):
 
 
 @triton.jit
-def columns_to_visit(
-    row_block, lists, b, h, bounds, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """(partial, full, partial_at, full_at) of a row block: how many blocks of each class to visit, and
-    what partial_block and full_block need to find them: block numbers, or pointers into lists."""
+def columns_to_visit(row_block, lists, b, h, bounds, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(partial, full, partial_at, full_at) of a row block: how many blocks of each class to visit,
+    and what partial_block and full_block need to find them: block numbers, or pointers into lists.
+    """
     if lists.counts is not None:
         return listed(row_block, lists, b, h)
     else:

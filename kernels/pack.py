@@ -2,8 +2,8 @@
 
 One program per row block (or column block) compares the rows' intervals with every block across,
 classifies the tile and compacts the visited blocks into two ascending lists, partial and full. No
-host synchronisation: the lists have their largest size and the counts stay on the device. The work is
-Lq times the number of column blocks, in comparisons; 4 bytes are read per row and block across.
+host synchronisation: the lists have their largest size and the counts stay on the device. The work
+is Lq times the number of column blocks, in comparisons; 4 bytes are read per row and block across.
 """
 
 import torch
@@ -12,12 +12,13 @@ import triton.language as tl
 
 from .masks import ListArgs
 
-CHUNK = 64  # blocks across that a program classifies at a time
+CHUNK = 16  # blocks across that a program classifies at a time: [CHUNK, M] stays in registers
 
 
 @triton.jit
 def classify(lo, hi, first_col, BLOCK_N: tl.constexpr):
-    """(some pair visible, every live row sees the whole tile) for each row and tile, elementwise."""
+    """(some pair visible, every live row sees the whole tile) for each row and tile,
+    elementwise."""
     alive = lo < hi
     some = alive & (lo < first_col + BLOCK_N) & (hi > first_col)
     whole = (lo <= first_col) & (hi >= first_col + BLOCK_N)
@@ -26,9 +27,17 @@ def classify(lo, hi, first_col, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def build_lists_kernel(
-    lo_ptr, hi_ptr, counts_ptr, blocks_ptr,  # [BH, Lq] x 2, [BH, blocks, 2], [BH, blocks, 2, across]
-    len_q, blocks, across,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, TRANSPOSED: tl.constexpr,
+    lo_ptr,
+    hi_ptr,
+    counts_ptr,
+    blocks_ptr,  # [BH, Lq] x 2, [BH, blocks, 2], [BH, blocks, 2, across]
+    len_q,
+    blocks,
+    across,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
     bh, block = pid // blocks, pid % blocks
@@ -67,9 +76,9 @@ def build_lists(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Lists for tiles of block_m x block_n from lo, hi int32 [B|1, H|1, Lq].
 
-    -> counts int32 [B|1, H|1, blocks, 2] (partial, full) and blocks int32 [B|1, H|1, blocks, 2, most].
-    blocks runs over row blocks, or over column blocks where transposed. Entries past a count are
-    not written.
+    -> counts int32 [B|1, H|1, blocks, 2] (partial, full) and blocks int32 [B|1, H|1, blocks, 2,
+    most]. blocks runs over row blocks, or over column blocks where transposed. Entries past a count
+    are not written.
     """
     batch, heads, len_q = lo.shape
     row_blocks, col_blocks = triton.cdiv(len_q, block_m), triton.cdiv(len_k, block_n)
@@ -79,14 +88,24 @@ def build_lists(
     grid = (batch * heads * blocks,)
     if grid[0]:
         build_lists_kernel[grid](
-            lo, hi, counts, lists, len_q, blocks, across,
-            BLOCK_M=block_m, BLOCK_N=block_n, CHUNK=CHUNK, TRANSPOSED=transposed,
+            lo,
+            hi,
+            counts,
+            lists,
+            len_q,
+            blocks,
+            across,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            CHUNK=CHUNK,
+            TRANSPOSED=transposed,
         )
     return counts, lists
 
 
 def list_args(lists: tuple[torch.Tensor, torch.Tensor] | None) -> ListArgs:
-    """Lists as the kernels take them; strides are 0 where the mask repeats over batches or heads."""
+    """Lists as the kernels take them; strides are 0 where the mask repeats over batches or
+    heads."""
     if lists is None:
         return ListArgs(None, None, None, None, None)
     counts, blocks = lists

@@ -4,9 +4,8 @@ Milakov and Gimelshein, "Online normalizer calculation for softmax" (arXiv:1805.
 tiles as in FlashAttention (arXiv:2205.14135).
 """
 
-import triton.language as tl
-
 import triton
+import triton.language as tl
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)

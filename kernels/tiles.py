@@ -3,9 +3,8 @@
 from typing import NamedTuple
 
 import torch
-import triton.language as tl
-
 import triton
+import triton.language as tl
 
 
 class TensorArg(NamedTuple):
@@ -24,26 +23,27 @@ def tensor_arg(tensor: torch.Tensor) -> TensorArg:
 
 @triton.jit
 def head_of(tensor, b, h):
-    """Pointer to the [L, D] matrix of batch b and head h. Offsets are 64 bits wide."""
-    return tensor.ptr + b.to(tl.int64) * tensor.stride_b + h.to(tl.int64) * tensor.stride_h
+    """The [L, D] matrix of batch b and head h: (pointer, row stride). Offsets are 64 bits wide."""
+    first = tensor.ptr + b.to(tl.int64) * tensor.stride_b + h.to(tl.int64) * tensor.stride_h
+    return first, tensor.stride_l
 
 
 @triton.jit
-def pointers(head, stride_l, first, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def pointers(head, first, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """[ROWS, BLOCK] pointers to rows first .. first + ROWS of a head."""
-    offsets = tl.arange(0, ROWS)[:, None] * stride_l + tl.arange(0, BLOCK)[None, :]
-    return head + first.to(tl.int64) * stride_l + offsets
+    start, stride = head
+    offsets = tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, BLOCK)[None, :]
+    return start + first.to(tl.int64) * stride + offsets
 
 
 @triton.jit
-def load_tile(
-    head, stride_l, first, inside, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Rows first .. first + ROWS of a head, [ROWS, BLOCK]; 0 past WIDTH and where not inside [ROWS].
+def load_tile(head, first, inside, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows first .. first + ROWS of a head, [ROWS, BLOCK]; 0 past WIDTH and where not inside
+    [ROWS].
 
     inside=None loads every row: for tiles known to be full.
     """
-    where = pointers(head, stride_l, first, ROWS, BLOCK)
+    where = pointers(head, first, ROWS, BLOCK)
     dims = tl.arange(0, BLOCK)[None, :]
     if inside is None:
         if WIDTH == BLOCK:
@@ -58,10 +58,10 @@ def load_tile(
 
 
 @triton.jit
-def store_tile(
-    head, stride_l, first, tile, inside, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+def store_tile(head, first, tile, inside, WIDTH: tl.constexpr):
     """Write tile [ROWS, BLOCK] where inside [ROWS] and below WIDTH, in the tensor's dtype."""
-    where = pointers(head, stride_l, first, ROWS, BLOCK)
+    ROWS: tl.constexpr = tile.shape[0]
+    BLOCK: tl.constexpr = tile.shape[1]
+    where = pointers(head, first, ROWS, BLOCK)
     dims = tl.arange(0, BLOCK)[None, :]
-    tl.store(where, tile.to(head.dtype.element_ty), mask=inside[:, None] & (dims < WIDTH))
+    tl.store(where, tile.to(head[0].dtype.element_ty), mask=inside[:, None] & (dims < WIDTH))

@@ -1,6 +1,11 @@
 """Tile shapes, one table: which block sizes, warps and stages a kernel runs with.
 
-Keyed by kernel, kind of arithmetic, GPU architecture and head width. No autotuning on the call path.
+Keyed by kernel, arithmetic, architecture and head width. No autotuning on the call path.
+
+No GPU has measured these rows yet. Each was chosen by compiling candidates ahead of time (Triton
+3.7.1, tests/aot.py), largest tile first, and taking the first that keeps everything in registers
+for every form of mask and fits the shared memory of a block; tests/test_compiled.py holds them to
+it. float32 without tensor cores keeps whole operands in registers, hence its small tiles.
 """
 
 from __future__ import annotations
@@ -10,18 +15,102 @@ from typing import NamedTuple
 
 
 class TileConfig(NamedTuple):
-    block_m: int
-    block_n: int
+    block_m: int  # query rows
+    block_n: int  # key columns
     num_warps: int
     num_stages: int
+
+
+# arithmetic: "half" (float16, bfloat16), "tf32" and "ieee" (float32, with and without tensor
+# cores). architecture: the row of the highest number that is not above the GPU's, see row_of().
+# The numbers of a row are for widths up to 64, 128 and 256 (the larger of D and Dv).
+TABLE: dict[tuple[str, str], dict[int, tuple[TileConfig, TileConfig, TileConfig]]] = {
+    ("forward", "half"): {
+        80: (TileConfig(128, 64, 8, 3), TileConfig(128, 64, 8, 3), TileConfig(64, 64, 8, 2)),
+        86: (TileConfig(128, 64, 8, 3), TileConfig(128, 64, 8, 3), TileConfig(64, 32, 8, 2)),
+        90: (TileConfig(128, 128, 8, 3), TileConfig(128, 64, 8, 3), TileConfig(128, 32, 8, 2)),
+        100: (TileConfig(128, 128, 8, 3), TileConfig(128, 128, 8, 3), TileConfig(64, 64, 8, 2)),
+    },
+    ("dq", "half"): {
+        80: (TileConfig(128, 64, 8, 3), TileConfig(128, 32, 8, 2), TileConfig(64, 64, 8, 1)),
+        86: (TileConfig(128, 64, 8, 3), TileConfig(128, 32, 8, 2), TileConfig(64, 32, 8, 1)),
+        90: (TileConfig(128, 128, 8, 2), TileConfig(128, 64, 8, 2), TileConfig(64, 32, 8, 2)),
+        100: (TileConfig(128, 128, 8, 2), TileConfig(128, 64, 8, 2), TileConfig(64, 64, 8, 2)),
+    },
+    ("dkv", "half"): {
+        80: (TileConfig(32, 128, 8, 2), TileConfig(16, 128, 8, 2), TileConfig(32, 32, 8, 2)),
+        86: (TileConfig(32, 128, 8, 2), TileConfig(16, 128, 8, 2), TileConfig(32, 32, 8, 1)),
+        90: (TileConfig(64, 128, 8, 3), TileConfig(32, 128, 8, 2), TileConfig(32, 32, 8, 1)),
+        100: (TileConfig(64, 128, 8, 1), TileConfig(64, 64, 8, 1), TileConfig(32, 32, 8, 2)),
+    },
+    ("forward", "tf32"): {
+        80: (TileConfig(128, 64, 8, 2), TileConfig(128, 32, 8, 2), TileConfig(64, 32, 8, 2)),
+        86: (TileConfig(128, 64, 8, 2), TileConfig(128, 32, 8, 2), TileConfig(32, 32, 8, 1)),
+        90: (TileConfig(128, 64, 8, 2), TileConfig(128, 32, 8, 2), TileConfig(32, 32, 8, 1)),
+        100: (TileConfig(128, 64, 8, 2), TileConfig(128, 32, 8, 2), TileConfig(32, 32, 8, 2)),
+    },
+    ("dq", "tf32"): {
+        80: (TileConfig(64, 32, 8, 2), TileConfig(64, 32, 8, 2), TileConfig(32, 32, 8, 2)),
+        86: (TileConfig(64, 32, 8, 2), TileConfig(64, 32, 8, 1), TileConfig(16, 32, 8, 1)),
+        90: (TileConfig(64, 64, 8, 2), TileConfig(64, 32, 8, 2), TileConfig(32, 32, 8, 2)),
+        100: (TileConfig(64, 64, 8, 2), TileConfig(64, 32, 8, 2), TileConfig(32, 32, 8, 2)),
+    },
+    ("dkv", "tf32"): {
+        80: (TileConfig(64, 32, 8, 2), TileConfig(32, 64, 8, 2), TileConfig(16, 32, 8, 1)),
+        86: (TileConfig(32, 64, 8, 2), TileConfig(32, 32, 8, 2), TileConfig(16, 16, 8, 1)),
+        90: (TileConfig(64, 64, 8, 2), TileConfig(32, 32, 8, 1), TileConfig(32, 32, 8, 1)),
+        100: (TileConfig(32, 64, 8, 2), TileConfig(32, 32, 8, 1), TileConfig(32, 32, 8, 1)),
+    },
+    ("forward", "ieee"): {
+        80: (TileConfig(64, 32, 8, 2), TileConfig(32, 32, 8, 1), TileConfig(16, 32, 8, 2)),
+    },
+    ("dq", "ieee"): {
+        80: (TileConfig(64, 32, 8, 2), TileConfig(16, 16, 8, 2), TileConfig(16, 32, 8, 2)),
+        86: (TileConfig(64, 32, 8, 2), TileConfig(16, 32, 8, 2), TileConfig(16, 32, 8, 2)),
+    },
+    ("dkv", "ieee"): {
+        80: (TileConfig(32, 32, 8, 1), TileConfig(16, 32, 8, 2), TileConfig(16, 32, 8, 2)),
+        86: (TileConfig(32, 32, 8, 2), TileConfig(32, 32, 8, 1), TileConfig(16, 32, 8, 2)),
+    },
+}
+
+_forced: TileConfig | None = None
+
+
+def row_of(kernel: str, arithmetic: str, architecture: int) -> int:
+    """The architecture key of the row for a GPU, e.g. 86 for sm_89 and sm_120.
+
+    sm_86, sm_89 and sm_120 have 99 KiB of shared memory per block and mma.sync, and share a row; so
+    do sm_90 alone and sm_100 to sm_110, which have 227 KiB.
+    """
+    rows = TABLE[kernel, arithmetic]
+    if architecture in (86, 87, 89) or architecture >= 120:
+        architecture = 86
+    return max(row for row in rows if row <= architecture)
+
+
+def pick(kernel: str, arithmetic: str, architecture: int, width: int) -> TileConfig:
+    """The configuration of ``kernel`` ("forward", "dq", "dkv") for a GPU and the larger head
+    width."""
+    if _forced is not None:
+        return _forced
+    rows = TABLE[kernel, arithmetic]
+    return rows[row_of(kernel, arithmetic, architecture)][
+        0 if width <= 64 else 1 if width <= 128 else 2
+    ]
+
+
+@contextlib.contextmanager
+def forced(config: TileConfig | None):
+    """Run every kernel with ``config`` inside the block, for tests and tuning; None = the table."""
+    global _forced
+    before, _forced = _forced, config
+    try:
+        yield
+    finally:
+        _forced = before
 
 
 def padded(width: int) -> int:
     """The power of two a head width is computed in; a tensor core needs at least 16."""
     return max(16, 1 << (width - 1).bit_length())
-
-
-# placeholder
-def pick(kernel, arithmetic, architecture, width):
-    return forced_config or TileConfig(32,32,4,2)
-forced_config=None

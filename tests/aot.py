@@ -152,6 +152,24 @@ def finish(function, signature, values, hints, arch: int, config: TileConfig) ->
     )
 
 
+def loops(sass: str) -> list[list[str]]:
+    """The bodies of the innermost loops in nvdisasm output, as lists of mnemonics."""
+    labels, instructions, branches = {}, [], []
+    for line in sass.splitlines():
+        label = re.match(r"\s*(\.L_x_\d+):", line)
+        if label:
+            labels[label[1]] = len(instructions)
+        found = re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)([^;]*)", line)
+        if found:
+            target = re.search(r"`\((\.L_x_\d+)\)", found[2])
+            if found[1] == "BRA" and target:
+                branches.append((len(instructions), target[1]))
+            instructions.append(found[1])
+    spans = [(labels[t], i) for i, t in branches if labels.get(t, i + 1) <= i]
+    inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+    return [instructions[first : last + 1] for first, last in inner]
+
+
 def run_tool(name: str, *arguments: str) -> str:
     return subprocess.run(
         [str(TOOLS / name), *arguments], check=True, capture_output=True, text=True

@@ -19,6 +19,8 @@ from .autograd import attend
 from .backends import Call
 from .masks import describe
 
+CAUSAL = masks.causal()  # one object, so that its lowered form is kept
+HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -40,10 +42,10 @@ def attention(
 ):
     """softmax(scale * q k^T, masked and biased) v, at the cost of the tiles that the mask leaves.
 
-    q [B, Hq, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, Dv], all float16, bfloat16, float32 or float64,
-    with any strides; Hq is a multiple of Hkv (query head h uses key head h // (Hq // Hkv)).
-    Returns out [B, Hq, Lq, Dv] in q's dtype; with return_lse=True (out, lse), lse [B, Hq, Lq] the
-    natural-log log-sum-exp of the scores, float32 (float64 for float64), differentiable.
+    q [B, Hq, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, Dv], all float16, bfloat16, float32 or
+    float64, with any strides; Hq is a multiple of Hkv (query head h uses key head h // (Hq //
+    Hkv)). Returns out [B, Hq, Lq, Dv] in q's dtype; with return_lse=True (out, lse), lse [B, Hq,
+    Lq] the natural-log log-sum-exp of the scores, float32 (float64 for float64), differentiable.
 
     Equivalent, for bool ``seen = mask.to_dense(B, Hq, Lq, Lk)``, to::
 
@@ -52,15 +54,15 @@ def attention(
         scores = scores + bias - slopes * abs(i + Lk - Lq - j)
         out = softmax(scores.masked_fill(~seen, -inf)) @ v
 
-    mask: a mask of tilemask.masks, or None to see everything. A row that sees nothing gives output 0,
-        lse -inf (with sinks: the sink) and zero gradients, never NaN; what padding leaves out is
+    mask: a mask of tilemask.masks, or None to see everything. A row that sees nothing gives output
+        0, lse -inf (with sinks: the sink) and zero gradients, never NaN; what padding leaves out is
         never read.
-    bias: float, 2-D to 4-D, broadcastable to [B, Hq, Lq, Lk], in q's dtype or float32; may hold -inf.
-    scale: default 1 / sqrt(D); any finite number, 0 and negative ones included.
+    bias: float, 2-D to 4-D, broadcastable to [B, Hq, Lq, Lk], in q's dtype or float32; may hold
+    -inf. scale: default 1 / sqrt(D); any finite number, 0 and negative ones included.
     softcap: 0 = none. alibi_slopes: float [Hq] or [B, Hq]. sinks: float [Hq], one learned logit per
         head in the softmax denominator.
-    dropout_p: probability of dropping, quantised to 1/65536. dropout_seed: an int or int64 tensor [1];
-        by default drawn from torch's generator of q's device.
+    dropout_p: probability of dropping, quantised to 1/65536. dropout_seed: an int or int64 tensor
+        [1]; by default drawn from torch's generator of q's device.
     backend: force "triton" or "reference"; see available_backends() and explain().
 
     Raises TypeError or ValueError for arguments, naming them; RuntimeError where a forced backend
@@ -68,9 +70,20 @@ def attention(
     """
     if has_torch_function((q, k, v, bias, alibi_slopes, sinks)):
         return handle_torch_function(
-            attention, (q, k, v, bias, alibi_slopes, sinks), q, k, v,
-            mask=mask, bias=bias, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes,
-            sinks=sinks, dropout_p=dropout_p, dropout_seed=dropout_seed, return_lse=return_lse,
+            attention,
+            (q, k, v, bias, alibi_slopes, sinks),
+            q,
+            k,
+            v,
+            mask=mask,
+            bias=bias,
+            scale=scale,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            dropout_p=dropout_p,
+            dropout_seed=dropout_seed,
+            return_lse=return_lse,
             backend=backend,
         )
     call = checked(
@@ -81,7 +94,8 @@ def attention(
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, **options):
-    """attention() in plain PyTorch, with the same arguments except ``backend``: what tests compare to."""
+    """attention() in plain PyTorch, with the same arguments except ``backend``: what tests compare
+    to."""
     if "backend" in options:
         raise TypeError("reference_attention() has no argument backend: it is the reference")
     return attention(q, k, v, backend="reference", **options)
@@ -99,11 +113,11 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """torch.nn.functional.scaled_dot_product_attention, with masks that cost what they leave.
 
-    query (N, ..., Hq, L, E), key (N, ..., H, S, E), value (N, ..., H, S, Ev) -> (N, ..., Hq, L, Ev);
-    2 or more dimensions, batch dimensions broadcast. attn_mask: bool (True = attend) or float (added;
-    float32 or query's dtype), broadcastable to (N, ..., Hq, L, S) with 2 dimensions or more, torch's
-    CausalBias, or a tilemask mask. is_causal=True (upper-left aligned, as in torch) may come
-    together with any attn_mask. enable_gqa=True lets Hq be a multiple of H.
+    query (N, ..., Hq, L, E), key (N, ..., H, S, E), value (N, ..., H, S, Ev) -> (N, ..., Hq, L,
+    Ev); 2 or more dimensions, batch dimensions broadcast. attn_mask: bool (True = attend) or float
+    (added; float32 or query's dtype), broadcastable to (N, ..., Hq, L, S) with 2 dimensions or
+    more, torch's CausalBias, or a tilemask mask. is_causal=True (upper-left aligned, as in torch)
+    may come together with any attn_mask. enable_gqa=True lets Hq be a multiple of H.
 
     A row that sees nothing gives 0. Errors are those of attention().
     """
@@ -113,8 +127,16 @@ def scaled_dot_product_attention(
     tensors = (query, key, value, attn_mask)
     if has_torch_function(tensors):
         return handle_torch_function(
-            scaled_dot_product_attention, tensors, query, key, value, attn_mask=attn_mask,
-            dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
+            scaled_dot_product_attention,
+            tensors,
+            query,
+            key,
+            value,
+            attn_mask=attn_mask,
+            dropout_p=dropout_p,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
         )
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
@@ -128,9 +150,11 @@ def scaled_dot_product_attention(
         query, key, value, batch = four_dimensional(query, key, value)
     heads = query.shape[1]
     key, value = matched_heads(key, value, heads, enable_gqa)
+    if isinstance(attn_mask, Tensor) and attn_mask.is_floating_point():
+        attn_mask = autocast(attn_mask, key, value)[0] if attn_mask.dtype in HALVES else attn_mask
     mask, bias = split_attn_mask(attn_mask, batch, heads, query, key)
     if is_causal:
-        mask = masks.causal() if mask is None else mask & masks.causal()
+        mask = CAUSAL if mask is None else mask & CAUSAL
     out = attention(query, key, value, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p)
     return out if len(shape) == 4 else out.reshape(*batch, *shape[-3:-1], value.shape[-1])
 
@@ -169,7 +193,9 @@ def matched_heads(key, value, heads: int, enable_gqa: bool):
             )
     if found[0] != found[1]:  # rare: bring the smaller to the larger, or both to the query's
         key, value = (
-            t.expand(-1, heads, -1, -1) if t.shape[1] == 1 else t.repeat_interleave(heads // t.shape[1], 1)
+            t.expand(-1, heads, -1, -1)
+            if t.shape[1] == 1
+            else t.repeat_interleave(heads // t.shape[1], 1)
             for t in (key, value)
         )
     return key, value
@@ -191,18 +217,20 @@ def split_attn_mask(attn_mask, batch, heads: int, query, key):
     shape = tuple(attn_mask.shape)
     aligned = (1,) * (len(full) - len(shape)) + shape
     fits = len(aligned) == len(full) and all(
-        have in (1, want) for have, want in zip(aligned, full, strict=True)
+        masks.repeats(have, want) for have, want in zip(aligned, full, strict=True)
     )
     if len(shape) < 2 or not fits:
         advice = "; is it a padding mask? use mask[:, None, None, :] or masks.padding(keep=mask)"
         raise ValueError(
-            f"attn_mask has shape {shape}, which does not broadcast to (..., Hq, L, S) = {full} from "
-            f"2 dimensions or more{advice if len(shape) <= 2 else ''}"
+            f"attn_mask has shape {shape}, which does not broadcast to (..., Hq, L, S) = {full} "
+            f"from 2 dimensions or more{advice if len(shape) <= 2 else ''}"
         )
     if len(full) != 4:
         inner = aligned[-3:]
         outer = (1,) if all(n == 1 for n in aligned[:-3]) else batch
-        attn_mask = attn_mask.reshape(aligned).expand(*outer, *inner) if outer != (1,) else attn_mask
+        attn_mask = (
+            attn_mask.reshape(aligned).expand(*outer, *inner) if outer != (1,) else attn_mask
+        )
         attn_mask = attn_mask.reshape(-1, *(1,) * (3 - len(inner)), *inner)
     return (masks.dense(attn_mask), None) if attn_mask.dtype == torch.bool else (None, attn_mask)
 
@@ -213,15 +241,24 @@ def split_attn_mask(attn_mask, batch, heads: int, query, key):
 def autocast(q, k, v):
     """q, k, v in autocast's dtype where it is on for their device; float64 stays, as in torch."""
     kind = q.device.type
-    if not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return q, k, v
     dtype = torch.get_autocast_dtype(kind)
     return tuple(t.to(dtype) if t.dtype in FLOATS[:3] else t for t in (q, k, v))
 
 
 def checked(
-    q, k, v, mask=None, bias=None, scale=None, softcap=0.0, alibi_slopes=None, sinks=None,
-    dropout_p=0.0, dropout_seed=None,
+    q,
+    k,
+    v,
+    mask=None,
+    bias=None,
+    scale=None,
+    softcap=0.0,
+    alibi_slopes=None,
+    sinks=None,
+    dropout_p=0.0,
+    dropout_seed=None,
 ) -> Call:
     """A Call from the arguments of attention(), or an error that names the argument."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
@@ -229,15 +266,17 @@ def checked(
             raise TypeError(f"{name} must be a tensor, got {describe(tensor)}")
         if tensor.is_nested or tensor.layout != torch.strided:
             raise TypeError(
-                f"{name} must be a dense tensor, got a nested or sparse one: pack the sequences along "
-                "L and use mask=masks.varlen(cu_seqlens)"
+                f"{name} must be a dense tensor, got a nested or sparse one: pack the sequences "
+                "along L and use mask=masks.varlen(cu_seqlens)"
             )
     q, k, v = autocast(q, k, v)
     check_tensors(q, k, v)
     B, Hq, Lq, D = q.shape
     Lk = k.shape[2]
     if mask is not None and not isinstance(mask, masks.Mask):
-        advice = ": masks.dense(mask) makes one from a bool tensor" if isinstance(mask, Tensor) else ""
+        advice = (
+            ": masks.dense(mask) makes one from a bool tensor" if isinstance(mask, Tensor) else ""
+        )
         raise TypeError(f"mask must be a tilemask mask or None, got {describe(mask)}{advice}")
     if bias is not None:
         bias = checked_bias(bias, q, (B, Hq, Lq, Lk))
@@ -249,6 +288,11 @@ def checked(
         raise TypeError(f"softcap must be a finite number >= 0 (0 = none), got {describe(softcap)}")
     if alibi_slopes is not None:
         check_per_head("alibi_slopes", alibi_slopes, q, ((Hq,), (B, Hq)))
+        if alibi_slopes.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "alibi_slopes requires a gradient, which no backend computes: pass "
+                "alibi_slopes.detach(), or train a bias"
+            )
         alibi_slopes = alibi_slopes.reshape(-1, Hq)
     if sinks is not None:
         check_per_head("sinks", sinks, q, ((Hq,),))
@@ -258,8 +302,17 @@ def checked(
         dropout_seed = checked_seed(dropout_seed, q.device)
     lowered = lowering.lower(mask, B, Hq, Lq, Lk, q.device)
     return Call(
-        q, k, v, lowered, float(scale), bias, float(softcap), alibi_slopes, sinks,
-        float(dropout_p), dropout_seed,
+        q,
+        k,
+        v,
+        lowered,
+        float(scale),
+        bias,
+        float(softcap),
+        alibi_slopes,
+        sinks,
+        float(dropout_p),
+        dropout_seed,
     )
 
 
@@ -277,7 +330,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
     B, Hq, _, D = q.shape
     Bk, Hkv, Lk, Dk = k.shape
-    if D != Dk or D == 0:
+    if Dk != D or D == 0:
         raise ValueError(f"q and k must have one width D >= 1: {shapes(q, k, v)}")
     if v.shape[:3] != (Bk, Hkv, Lk) or v.shape[3] == 0:
         raise ValueError(f"v must be [B, Hkv, Lk, Dv] with k's first three: {shapes(q, k, v)}")
@@ -285,7 +338,8 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"k and v must have q's batch size: {shapes(q, k, v)}")
     if (Hkv == 0 and Hq) or (Hkv and Hq % Hkv):
         raise ValueError(
-            f"k has {Hkv} heads, q has {Hq}: q heads must be a multiple of k heads ({shapes(q, k, v)})"
+            f"k has {Hkv} heads, q has {Hq}: q heads must be a multiple of k heads "
+            f"({shapes(q, k, v)})"
         )
 
 
@@ -294,21 +348,29 @@ def shapes(q, k, v) -> str:
 
 
 def is_real(value) -> bool:
-    return isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)) and not isinstance(value, bool)
+    return isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)) and not isinstance(
+        value, bool
+    )
 
 
 def checked_bias(bias, q: Tensor, full: tuple[int, ...]) -> Tensor:
     """bias as a 4-D view."""
     if not isinstance(bias, Tensor) or bias.dtype not in (q.dtype, torch.float32):
-        hint = ": a bool mask is mask=masks.dense(...)" if getattr(bias, "dtype", 0) == torch.bool else ""
+        hint = (
+            ": a bool mask is mask=masks.dense(...)"
+            if getattr(bias, "dtype", 0) == torch.bool
+            else ""
+        )
         raise TypeError(f"bias must be a float32 or {q.dtype} tensor, got {describe(bias)}{hint}")
     if bias.device != q.device:
         raise ValueError(f"bias is on {bias.device}, q on {q.device}")
     shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
-    if not 2 <= bias.dim() <= 4 or any(h not in (1, w) for h, w in zip(shape, full, strict=True)):
+    if not 2 <= bias.dim() <= 4 or not all(
+        masks.repeats(h, w) for h, w in zip(shape, full, strict=True)
+    ):
         raise ValueError(
-            f"bias has shape {tuple(bias.shape)}, which does not broadcast to (B, Hq, Lq, Lk) = {full} "
-            "from 2 to 4 dimensions"
+            f"bias has shape {tuple(bias.shape)}, which does not broadcast to (B, Hq, Lq, Lk) "
+            f"= {full} from 2 to 4 dimensions"
         )
     return bias.reshape(shape)
 
@@ -361,8 +423,8 @@ class Explanation:
 def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None, mask=None, **options):
     """Which backend attention() would choose, why not the others, and what the mask leaves.
 
-    Takes the arguments of attention(); computes nothing but the mask's tile classes. ``mask`` and the
-    tensors are read, so this is no call for a hot path. Returns an Explanation; print it.
+    Takes the arguments of attention(); computes nothing but the mask's tile classes. ``mask`` and
+    the tensors are read, so this is no call for a hot path. Returns an Explanation; print it.
     """
     options.pop("return_lse", None)
     call = checked(q, k, v, mask, **options)

@@ -2,8 +2,8 @@
 
 Eager: the backend is called directly, inside an autograd.Function only if a gradient is needed; the
 reference is differentiated by autograd itself. While tracing (torch.compile, torch.export, fake
-tensors, dispatch modes) three functional ops stand for the call, ``tilemask::lower``, ``forward`` and
-``backward``; the backend is chosen by the same rules, from shapes, dtypes and devices alone.
+tensors, dispatch modes) three functional ops stand for the call, ``tilemask::lower``, ``forward``
+and ``backward``; the backend is chosen by the same rules, from shapes, dtypes and devices alone.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backends
-from .backends import Call, Gradients
+from .backends import Call
 from .lowering import LoweredMask
 
 TWICE = (
-    "backward through tilemask's backward: only the reference is differentiable twice; "
-    'call attention(..., backend="reference")'
+    b"differentiating through the backward of a tilemask kernel: only the reference is "
+    b'differentiable twice, call attention(..., backend="reference")'
 )
 
 
@@ -59,22 +59,25 @@ class Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout, dlse):
-        q, k, v, out, lse = ctx.saved_tensors
-        call = backends.replaced(ctx.call, q=q, k=k, v=v)
         if dout is None and dlse is None:
             return None, None, None, None, None
-        dout = torch.zeros_like(out) if dout is None else dout
-        grads = ctx.backend.backward(call, out, lse, dout, dlse)
-        return None, None, grads.q, grads.k, grads.v
+        with torch.no_grad():
+            q, k, v, out, lse = ctx.saved_tensors
+            call = backends.replaced(ctx.call, q=q, k=k, v=v)
+            dout = torch.zeros_like(out) if dout is None else dout
+            grads = ctx.backend.backward(call, out, lse, dout, dlse)[:3]
+        if torch.is_grad_enabled():  # create_graph=True: an error if anybody follows the graph
+            grads = (g.requires_grad_() for g in grads)
+            grads = torch._C._functions.DelayedError(TWICE, 3)(*grads)
+        return None, None, *grads
 
 
 # -- the ops --------------------------------------------------------------------------------------
 #
-# A call travels flat: options = [bias, alibi_slopes, sinks, dropout_seed], mask = [batch_bounds, lo,
-# hi, key_bits, bits, then counts and blocks of each list the op walks], bounds = the six ints,
-# numbers = [scale, softcap, dropout_p].
+# A call travels flat: options = [bias, alibi_slopes, sinks, dropout_seed]; mask = [batch_bounds,
+# lo, hi, key_bits, bits, then counts and blocks of each list the op walks]; bounds = the six ints,
+# then block_m and block_n of each list; numbers = [scale, softcap, dropout_p].
 
 library = torch.library.Library("tilemask", "DEF")
 library.define(
@@ -105,16 +108,17 @@ def packed(call: Call) -> tuple[list, list, list, list]:
     )
 
 
-def unpacked(q, k, v, options, mask, bounds, numbers, direction: str, name: str) -> Call:
+def unpacked(q, k, v, options, mask, bounds, numbers, direction: str) -> Call:
     """The call that went into an op."""
-    lowered = LoweredMask(q.shape[2], k.shape[2], tuple(bounds), *mask[:5])
+    lowered = LoweredMask(q.shape[2], k.shape[2], tuple(bounds[:6]), *mask[:5])
     scale, softcap, dropout_p = numbers
     bias, alibi_slopes, sinks, seed = options
-    call = Call(q, k, v, lowered, scale, bias, softcap, alibi_slopes, sinks, dropout_p, seed)
-    backend = backends.named(name)
-    for kernel, counts, blocks in zip(LISTS_OF[direction], mask[5::2], mask[6::2], strict=False):
-        lowered.lists[backend.list_key(call, kernel)] = (counts, blocks)
-    return call
+    lists = zip(
+        LISTS_OF[direction], bounds[6::2], bounds[7::2], mask[5::2], mask[6::2], strict=False
+    )
+    for kernel, block_m, block_n, counts, blocks in lists:
+        lowered.lists[block_m, block_n, kernel == "dkv"] = (counts, blocks)
+    return Call(q, k, v, lowered, scale, bias, softcap, alibi_slopes, sinks, dropout_p, seed)
 
 
 def op_lower(lo, hi, len_k, block_m, block_n, transposed):
@@ -124,18 +128,17 @@ def op_lower(lo, hi, len_k, block_m, block_n, transposed):
 
 
 def op_forward(q, k, v, options, mask, bounds, numbers, backend):
-    call = unpacked(q, k, v, options, mask, bounds, numbers, "forward", backend)
+    call = unpacked(q, k, v, options, mask, bounds, numbers, "forward")
     out, lse = backends.named(backend).forward(call)
     return laid_out(out, q, v.shape[3]), lse
 
 
 def op_backward(dout, dlse, out, lse, q, k, v, options, mask, bounds, numbers, backend):
-    call = unpacked(q, k, v, options, mask, bounds, numbers, "backward", backend)
+    call = unpacked(q, k, v, options, mask, bounds, numbers, "backward")
     grads = backends.named(backend).backward(call, out, lse, dout, dlse)
-    empty = q.new_empty(0)
     return (
         *(laid_out(g, t, t.shape[3]) for g, t in ((grads.q, q), (grads.k, k), (grads.v, v))),
-        empty if grads.bias is None else grads.bias.contiguous(),
+        q.new_empty(0) if grads.bias is None else grads.bias.contiguous(),
         q.new_empty(0) if grads.sinks is None else grads.sinks,
     )
 
@@ -171,7 +174,9 @@ def fake_backward(dout, dlse, out, lse, q, k, v, options, mask, bounds, numbers,
     bias, _, sinks, _ = options
     return (
         *(backends.empty_like_query(t, t.shape[3]) for t in (q, k, v)),
-        q.new_empty(0) if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format),
+        q.new_empty(0)
+        if bias is None
+        else torch.empty_like(bias, memory_format=torch.contiguous_format),
         q.new_empty(0) if sinks is None else torch.empty_like(sinks),
     )
 
@@ -180,54 +185,70 @@ def attend_traced(call: Call, name: str | None) -> tuple[Tensor, Tensor]:
     """As attend(), through the ops."""
     backend = backends.choose(call, name)
     options, mask, bounds, numbers = packed(call)
-    forward_mask = mask + lists_of(call, backend, "forward")
+    tiles, lists = lists_of(call, backend, "forward")
+    bounds_forward = bounds + tiles
     if not (torch.is_grad_enabled() and needs_gradient(call)):
         return torch.ops.tilemask.forward(
-            call.q, call.k, call.v, options, forward_mask, bounds, numbers, backend.NAME
+            call.q, call.k, call.v, options, mask + lists, bounds_forward, numbers, backend.NAME
         )
-    backward_mask = mask + lists_of(call, backend, "backward")
+    tensors = [call.q, call.k, call.v, *options, *mask, *lists]
+    split = len(tensors)
+    tiles, lists = lists_of(call, backend, "backward")
     return TracedAttention.apply(
-        call.q, call.k, call.v, *options, len(forward_mask), bounds, numbers, backend.NAME,
-        *forward_mask, *backward_mask,
+        split, bounds_forward, bounds + tiles, numbers, backend.NAME, *distinct(tensors + lists)
     )
 
 
-def lists_of(call: Call, backend, direction: str) -> list[Tensor]:
-    """counts and blocks of the lists that the op walks, made by tilemask::lower."""
+def distinct(tensors: list) -> list:
+    """The same tensors, none of them twice: Dynamo refuses repeated inputs of a Function."""
+    result = []
+    for tensor in tensors:
+        again = tensor is not None and any(tensor is other for other in result)
+        result.append(tensor.view_as(tensor) if again else tensor)
+    return result
+
+
+def lists_of(call: Call, backend, direction: str) -> tuple[list[int], list[Tensor]]:
+    """Tile shapes, and counts and blocks, of the lists that the op walks, made by
+    tilemask::lower."""
     mask = call.mask
+    tiles, lists = [], []
     if mask.lo is None or backend is backends.reference:
-        return []
-    lists = []
+        return tiles, lists
     for kernel in LISTS_OF[direction]:
         key = backend.list_key(call, kernel)
         if key not in mask.lists:
             mask.lists[key] = torch.ops.tilemask.lower(mask.lo, mask.hi, mask.len_k, *key)
+        tiles += key[:2]
         lists += mask.lists[key]
-    return lists
+    return tiles, lists
 
 
 class TracedAttention(torch.autograd.Function):
-    """As Attention, in terms of the ops, for tracing. Every tensor is an argument of its own."""
+    """As Attention, in terms of the ops, for tracing.
+
+    Every tensor is an argument of its own: q, k, v, the four options, the five of the mask, and the
+    lists of the forward; from ``split`` on, the lists of the backward.
+    """
 
     @staticmethod
-    def forward(ctx, q, k, v, bias, alibi_slopes, sinks, seed, split, bounds, numbers, name, *masks):
-        options = [bias, alibi_slopes, sinks, seed]
-        out, lse = torch.ops.tilemask.forward(
-            q, k, v, options, list(masks[:split]), bounds, numbers, name
-        )
-        ctx.save_for_backward(q, k, v, out, lse, *options, *masks[split:])
-        ctx.arguments = bounds, numbers, name
-        ctx.unused = 4 + len(masks)
-        ctx.has_bias, ctx.has_sinks = bias is not None, sinks is not None
+    def forward(ctx, split, bounds, bounds_backward, numbers, name, q, k, v, *rest):
+        options, mask = list(rest[:4]), list(rest[4 : split - 3])
+        out, lse = torch.ops.tilemask.forward(q, k, v, options, mask, bounds, numbers, name)
+        ctx.save_for_backward(out, lse, q, k, v, *options, *rest[4:9], *rest[split - 3 :])
+        ctx.arguments = bounds_backward, numbers, name
+        ctx.has_bias, ctx.has_sinks = options[0] is not None, options[2] is not None
+        ctx.constants = len(rest) - 3  # tensors after bias, alibi_slopes and sinks
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dlse):
-        q, k, v, out, lse, *rest = ctx.saved_tensors
+        saved = ctx.saved_tensors
         dq, dk, dv, dbias, dsinks = torch.ops.tilemask.backward(
-            dout, dlse, out, lse, q, k, v, rest[:4], rest[4:], *ctx.arguments
+            dout, dlse, *saved[:5], saved[5:9], saved[9:], *ctx.arguments
         )
         dbias = dbias if ctx.has_bias else None
         dsinks = dsinks if ctx.has_sinks else None
-        return (dq, dk, dv, dbias, None, dsinks, None, *(None for _ in range(ctx.unused)))
+        constants = (None,) * ctx.constants
+        return (None, None, None, None, None, dq, dk, dv, dbias, None, dsinks, *constants)

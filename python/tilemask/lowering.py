@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .masks import UNBOUNDED, Bounds, Mask, visible, whole_rows
+from .masks import UNBOUNDED, Bounds, Mask, Rows, visible
 
 TILE_SYMBOLS = "./#"  # empty, partial, full
 EMPTY, PARTIAL, FULL = range(3)
@@ -65,7 +65,7 @@ class LoweredMask:
         if self.lo is not None:
             return self.lo, self.hi
         bounds = Bounds(*(self.column(i) for i in range(6)))
-        return AffineMask(bounds).interval(whole_rows(1, self.len_q, self.len_k, device))
+        return AffineMask(bounds).interval(Rows(self.len_q, self.len_k, 1, device))
 
     def live_keys(self, device) -> Tensor | None:
         """Bool [B|1, 1, Lk]: keys that padding leaves in; None if it leaves all."""
@@ -116,11 +116,12 @@ def lower(mask: Mask | None, B: int, H: int, Lq: int, Lk: int, device) -> Lowere
 
 
 def lower_anew(mask: Mask, B: int, H: int, Lq: int, Lk: int, device) -> LoweredMask:
-    rows = whole_rows(B, Lq, Lk, device)
+    rows = Rows(Lq, Lk, B, device, H)
     bounds, batch_bounds = clamped(mask.bounds(rows), B, Lq, Lk)
     lo = hi = None
-    if mask.explicit(rows) is not None:
-        lo, hi = (t.to(torch.int32).contiguous() for t in mask.interval(rows))
+    explicit = mask.explicit(rows)
+    if explicit is not None:
+        lo, hi = (t.to(torch.int32).contiguous() for t in mask.interval(rows, explicit))
     return LoweredMask(
         Lq,
         Lk,
@@ -134,13 +135,16 @@ def lower_anew(mask: Mask, B: int, H: int, Lq: int, Lk: int, device) -> LoweredM
 
 
 def clamped(bounds: Bounds, B: int, Lq: int, Lk: int):
-    """Bounds inside the lengths: (six ints, None), or (six ints that hold for all, int32 [B, 6])."""
+    """Bounds inside the lengths: (six ints, None), or (six ints that hold for all, int32 [B,
+    6])."""
     inside = bounds & Bounds(0, Lk, -UNBOUNDED, UNBOUNDED, 0, Lq)
     if not any(isinstance(value, Tensor) for value in inside):
         return tuple(inside), None
     device = next(value.device for value in inside if isinstance(value, Tensor))
     columns = [
-        value.reshape(-1).expand(B) if isinstance(value, Tensor) else torch.full((B,), value, device=device)
+        value.reshape(-1).expand(B)
+        if isinstance(value, Tensor)
+        else torch.full((B,), value, device=device)
         for value in inside
     ]
     return (0, Lk, -UNBOUNDED, UNBOUNDED, 0, Lq), torch.stack(columns, 1).to(torch.int32)
@@ -154,10 +158,12 @@ _kept: weakref.WeakKeyDictionary[Mask, dict] = weakref.WeakKeyDictionary()
 def kept_forms(mask: Mask, device) -> dict | None:
     """Where lowered forms of ``mask`` are kept; None where nothing may be kept.
 
-    Nothing is kept while tracing or capturing a graph (their tensors live in the graph), nor for
-    inference tensors, whose changes cannot be seen.
+    Nothing is kept while tracing, transforming or capturing a graph (tensors live in the graph),
+    nor for inference tensors, whose changes cannot be seen.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return None
+    if torch._C._functorch.maybe_current_level() is not None:
         return None
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return None
@@ -166,10 +172,11 @@ def kept_forms(mask: Mask, device) -> dict | None:
     return _kept.setdefault(mask, {})
 
 
-def state_of(mask: Mask, device) -> tuple[int, ...]:
-    """What must be unchanged for a kept form to be valid: tensor versions, and the stream."""
+def state_of(mask: Mask, device) -> tuple:
+    """What must be unchanged for a kept form to be valid: the versions of the mask's tensors, the
+    stream, and inference mode, whose tensors autograd cannot save."""
     stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
-    return (stream, *(t._version for t in mask.tensors()))
+    return (stream, torch.is_inference_mode_enabled(), *(t._version for t in mask.tensors()))
 
 
 # -- tile classes ---------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Masks: what a query may see, said in a few words and never stored as a matrix.
 
-A mask answers one question: may query row ``i`` see key column ``j``, in batch ``b`` and head ``h``?
-Every mask gives up to four parts, and a pair is visible where all of them say so:
+A mask answers one question: may query row ``i`` see key column ``j``, in batch ``b`` and head
+``h``? Every mask gives up to four parts, and a pair is visible where all of them say so:
 
 * bounds, a few integers per batch: ``start <= j < end``, ``i + left <= j < i + right`` and
   ``q_start <= i < q_end`` (causal, window, padding);
@@ -30,6 +30,8 @@ UNBOUNDED = 1 << 30  # beyond every length; sums of two still fit in int32
 def check_values_of(tensor: Tensor) -> bool:
     """Whether checks that read a mask's values run: free on the CPU, a host sync on a GPU."""
     if torch.compiler.is_compiling() or type(tensor) is not Tensor:
+        return False
+    if torch._C._functorch.maybe_current_level() is not None:
         return False
     return tensor.device.type == "cpu" or os.environ.get("TILEMASK_DEBUG", "0") not in ("", "0")
 
@@ -72,7 +74,6 @@ def smaller(a, b):
     return b.clamp(max=a) if isinstance(b, Tensor) else min(a, b)
 
 
-@dataclass(frozen=True, eq=False)
 class Rows:
     """The query rows a mask is asked about, and the lengths they live in.
 
@@ -82,20 +83,30 @@ class Rows:
     are tensors of the same shape.
     """
 
-    index: Tensor
-    len_q: int | Tensor
-    len_k: int | Tensor
-    batch: int  # number of batches, or of sequences
-    sequence: Tensor | None = None
+    def __init__(self, len_q, len_k, batch, device, heads=None, index=None, sequence=None):
+        self.len_q: int | Tensor = len_q
+        self.len_k: int | Tensor = len_k
+        self.batch = batch  # number of batches, or of sequences
+        self.heads = heads  # None inside sequences
+        self.device = device
+        self.sequence: Tensor | None = sequence
+        self._index: Tensor | None = index
+
+    @property
+    def index(self) -> Tensor:
+        if self._index is None:  # affine masks never ask, so a causal call launches nothing for it
+            self._index = torch.arange(self.len_q, device=self.device).view(1, 1, -1)
+        return self._index
 
     def per_batch(self, value, name: str):
-        """``value`` (an int, or an int tensor with one entry per batch) shaped to meet ``index``."""
+        """``value`` (an int, or an int tensor with one entry per batch) shaped to meet
+        ``index``."""
         if not isinstance(value, Tensor):
             return value
-        value = value.to(self.index.device, torch.int64)
+        value = value.to(self.device, torch.int64)
         if value.numel() == 1:
             return value.reshape(1, 1, 1)
-        if value.numel() != self.batch:
+        if not repeats(value.numel(), self.batch):
             kind = "batch" if self.sequence is None else "sequence"
             raise ValueError(
                 f"{name} has {value.numel()} entries, expected 1 or one per {kind} ({self.batch})"
@@ -112,8 +123,8 @@ class Rows:
 def visible(lo, hi, key_bits, bits, cols: Tensor) -> Tensor:
     """The definition, for all backends: which pairs are visible.
 
-    lo, hi [B|1, H|1, L] int, key_bits [B|1, 1, 1, Lk] bool or None, bits [B|1, H|1, L|1, Lk|1] bool or
-    None, cols [Lk] int -> bool [B|1, H|1, L, Lk].
+    lo, hi [B|1, H|1, L] int, key_bits [B|1, 1, 1, Lk] bool or None, bits [B|1, H|1, L|1, Lk|1] bool
+    or None, cols [Lk] int -> bool [B|1, H|1, L, Lk].
     """
     seen = (lo[..., None] <= cols) & (cols < hi[..., None])
     if key_bits is not None:
@@ -154,13 +165,16 @@ class Mask:
             return NotImplemented
         return All((*parts_of(self), *parts_of(other)))
 
-    def interval(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """(lo, hi) int64, broadcast against ``rows.index``; (0, 0) for a row that sees nothing."""
+    def interval(self, rows: Rows, explicit=None) -> tuple[Tensor, Tensor]:
+        """(lo, hi) int64, broadcast against ``rows.index``; (0, 0) for a row that sees nothing.
+
+        explicit: what ``self.explicit(rows)`` gave, where the caller has it already.
+        """
         index = rows.index
         bounds = self.bounds(rows)
         lo = larger(bounds.start, index + bounds.left)
         hi = smaller(bounds.end, index + bounds.right)
-        explicit = self.explicit(rows)
+        explicit = self.explicit(rows) if explicit is None else explicit
         if explicit is not None:
             lo, hi = larger(lo, explicit[0]), smaller(hi, explicit[1])
         lo, hi = lo.clamp(min=0), smaller(hi, rows.len_k)
@@ -168,8 +182,9 @@ class Mask:
         return torch.where(alive, lo, 0), torch.where(alive, hi, 0)
 
     def to_dense(self, B: int, H: int, Lq: int, Lk: int, device=None) -> Tensor:
-        """The mask as bool [B, H, Lq, Lk], True = may attend. A view with stride 0 where it repeats."""
-        rows = whole_rows(B, Lq, Lk, device)
+        """The mask as bool [B, H, Lq, Lk], True = may attend. A view with stride 0 where it
+        repeats."""
+        rows = Rows(Lq, Lk, B, device, H)
         lo, hi = self.interval(rows)
         cols = torch.arange(Lk, device=device)
         key_bits = self.key_bits(B, Lk, device)
@@ -185,11 +200,6 @@ class Mask:
         from . import lowering  # lowering reads masks, so not at import time
 
         return lowering.picture(self, B, H, Lq, Lk, tile, batch, head)
-
-
-def whole_rows(B: int, Lq: int, Lk: int, device) -> Rows:
-    """All rows of a call."""
-    return Rows(torch.arange(Lq, device=device).view(1, 1, Lq), Lq, Lk, B)
 
 
 def parts_of(mask: Mask) -> tuple[Mask, ...]:
@@ -262,6 +272,11 @@ def bounded(value):
     return smaller(larger(value, -UNBOUNDED), UNBOUNDED)
 
 
+def repeats(size, wanted) -> bool:
+    """Whether a dimension broadcasts; sizes may be symbolic."""
+    return bool(size == 1) or bool(size == wanted)
+
+
 def tensors_in(*values) -> tuple[Tensor, ...]:
     return tuple(v for v in values if isinstance(v, Tensor))
 
@@ -310,7 +325,7 @@ class KeyBits(Mask):
     keep: Tensor
 
     def key_bits(self, batch, len_k, device):
-        if self.keep.shape[1] != len_k or self.keep.shape[0] not in (1, batch):
+        if self.keep.shape[1] != len_k or not repeats(self.keep.shape[0], batch):
             raise ValueError(
                 f"keep has shape {tuple(self.keep.shape)}, expected ({batch} or 1, {len_k})"
             )
@@ -360,14 +375,16 @@ class Intervals(Mask):
 
     def explicit(self, rows):
         rows.outermost("intervals()")
-        if self.lo.shape[2] != rows.len_q or self.lo.shape[0] not in (1, rows.batch):
+        batch, heads, length = self.lo.shape
+        right = repeats(batch, rows.batch) and repeats(heads, rows.heads) and length == rows.len_q
+        if not right:
             raise ValueError(
                 f"lo and hi have shape {tuple(self.lo.shape)}, expected "
-                f"({rows.batch} or 1, heads or 1, {rows.len_q})"
+                f"({rows.batch} or 1, {rows.heads} or 1, {rows.len_q}) for [B, H, Lq]"
             )
         check_range(self.lo, "lo", 0, rows.len_k)
         check_range(self.hi, "hi", 0, rows.len_k)
-        device = rows.index.device
+        device = rows.device
         return self.lo.to(device, torch.int64), self.hi.to(device, torch.int64)
 
     def tensors(self):
@@ -397,14 +414,16 @@ class Varlen(Mask):
         )
 
     def explicit(self, rows):
-        device = rows.index.device
+        device = rows.device
         cu_q = self.cu_seqlens_q.to(device, torch.int64)
         cu_k = self.cu_seqlens_k.to(device, torch.int64)
         number = torch.searchsorted(cu_q, rows.index, right=True) - 1
         number = number.clamp(0, cu_q.numel() - 2)  # rows past the last sequence are cut by q_end
         first_q, first_k = cu_q[number], cu_k[number]
         len_q, len_k = cu_q[number + 1] - first_q, cu_k[number + 1] - first_k
-        local = Rows(rows.index - first_q, len_q, len_k, cu_q.numel() - 1, number)
+        local = Rows(
+            len_q, len_k, cu_q.numel() - 1, device, index=rows.index - first_q, sequence=number
+        )
         lo, hi = (self.within or Mask()).interval(local)
         return first_k + lo, first_k + hi
 
@@ -431,7 +450,7 @@ class Documents(Mask):
         query_ids = self.query_ids
         key_ids = query_ids if self.key_ids is None else self.key_ids
         for name, ids, length in (("query_ids", query_ids, len_q), ("key_ids", key_ids, len_k)):
-            if ids.shape[1] != length or ids.shape[0] not in (1, batch):
+            if ids.shape[1] != length or not repeats(ids.shape[0], batch):
                 hint = "" if self.key_ids is not None else "; give key_ids where Lq != Lk"
                 raise ValueError(
                     f"{name} has shape {tuple(ids.shape)}, expected ({batch} or 1, {length}){hint}"
@@ -441,14 +460,15 @@ class Documents(Mask):
     def explicit(self, rows):
         if not self.contiguous:
             return None
-        query_ids, key_ids = self.ids(rows.batch, rows.len_q, rows.len_k, rows.index.device)
+        query_ids, key_ids = self.ids(rows.batch, rows.len_q, rows.len_k, rows.device)
         for name, ids in (("query_ids", query_ids), ("key_ids", key_ids)):
             if check_values_of(ids):
                 check_contiguous(ids, name)
         first_k, len_k = run_of(query_ids, key_ids)  # [B|1, Lq] each
         first_q, len_q = run_of(query_ids, query_ids)
         len_k, len_q = len_k[:, None, :], len_q[:, None, :]
-        local = Rows(rows.index - first_q[:, None, :], len_q, len_k, 1, torch.zeros_like(len_q))
+        position = rows.index - first_q[:, None, :]
+        local = Rows(len_q, len_k, 1, rows.device, index=position, sequence=torch.zeros_like(len_q))
         lo, hi = (self.within or Mask()).interval(local)
         return first_k[:, None, :] + lo, first_k[:, None, :] + hi
 
@@ -463,7 +483,9 @@ class Documents(Mask):
         _, count_q = run_of(query_ids, query_ids)
         count_k, count_q = count_k[:, None, :], count_q[:, None, :]
         position = rank_in_run(query_ids)[:, None, :]
-        local = Rows(position, count_q, count_k, 1, torch.zeros_like(count_q))
+        local = Rows(
+            count_q, count_k, 1, device, index=position, sequence=torch.zeros_like(count_q)
+        )
         lo, hi = self.within.interval(local)
         return same & visible(lo, hi, None, None, rank_in_run(key_ids)[:, None, None, :])
 
@@ -513,11 +535,11 @@ class Dense(Mask):
         full = (batch, heads, len_q, len_k)
         shape = tuple(self.mask.shape)
         padded = (1,) * (4 - len(shape)) + shape
-        if any(have not in (1, want) for have, want in zip(padded, full, strict=True)):
+        if not all(repeats(have, want) for have, want in zip(padded, full, strict=True)):
             raise ValueError(
                 f"the mask has shape {shape}, which does not broadcast to (B, H, Lq, Lk) = {full}"
                 + (
-                    "; for a padding mask [B, Lk] use masks.padding(keep=mask) or mask[:, None, None]"
+                    "; for a padding mask use masks.padding(keep=mask) or mask[:, None, None]"
                     if shape in ((batch, len_k), (1, len_k), (batch, len_q))
                     else ""
                 )
@@ -545,9 +567,7 @@ def causal(offset: int | Tensor = 0, *, align: str | None = None) -> Mask:
     return Band(None, 0, check_offset(offset, align))
 
 
-def window(
-    left: int, right: int, *, offset: int | Tensor = 0, align: str | None = None
-) -> Mask:
+def window(left: int, right: int, *, offset: int | Tensor = 0, align: str | None = None) -> Mask:
     """Row i sees ``i + offset - left <= j <= i + offset + right``; -1 = unbounded on that side."""
     for name, value in (("left", left), ("right", right)):
         if not is_int(value) or value < -1:
@@ -602,7 +622,9 @@ def padding_from_tokens(tokens: Tensor, pad_id: int) -> Mask:
     return KeyBits(tokens != pad_id)
 
 
-def varlen(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = None, within: Mask | None = None):
+def varlen(
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = None, within: Mask | None = None
+) -> Mask:
     """Sequences packed along L: rows [cu_q[s], cu_q[s+1]) see keys [cu_k[s], cu_k[s+1]).
 
     cu_seqlens_q, cu_seqlens_k: int [S + 1], from 0, never decreasing; key lengths default to query
@@ -630,9 +652,9 @@ def documents(
     """Row i sees column j where ``query_ids[i] == key_ids[j]``.
 
     query_ids: int [Lq] or [B, Lq]; key_ids: [Lk] or [B, Lk], by default query_ids.
-    contiguous=True promises that the keys of an id, and its rows, stand side by side (in any order of
-    ids): then every row sees an interval and the mask costs O(L) instead of one bit per pair. The
-    promise is checked for tensors on the CPU, and elsewhere where TILEMASK_DEBUG=1 is set.
+    contiguous=True promises that the keys of an id, and its rows, stand side by side (in any order
+    of ids): then every row sees an interval and the mask costs O(L) instead of one bit per pair.
+    The promise is checked for tensors on the CPU, and elsewhere where TILEMASK_DEBUG=1 is set.
     within: a mask applied inside each document, positions counted among its own rows and keys.
     """
     query_ids = check_ids("query_ids", query_ids)
@@ -641,7 +663,10 @@ def documents(
 
 
 def prefix_lm(lengths) -> Mask:
-    """Row i sees ``j < max(lengths[b], i + 1)``: a visible prefix, then causal. lengths: int [B]."""
+    """Row i sees ``j < max(lengths[b], i + 1)``: a visible prefix, then causal.
+
+    lengths: int [B].
+    """
     lengths = check_lengths("lengths", lengths)
     if lengths is None:
         raise TypeError("lengths must be an int, a list of ints or an int tensor [B], got None")

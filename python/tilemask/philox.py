@@ -1,14 +1,15 @@
 """Random bits for dropout that every implementation can reproduce.
 
-Philox4x32-7 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011; 7
-rounds are the fewest that pass BigCrush). Key: the 64-bit seed. Counter: (row, column group,
+Philox4x32-7 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011;
+7 rounds are the fewest that pass BigCrush). Key: the 64-bit seed. Counter: (row, column group,
 b * Hq + h, 0). One call gives four 32-bit words and serves eight columns, 16 bits each:
 
     column c = 32*g + 8*i + 2*l + t  (i < 4, l < 4, t < 2)  belongs to group 4*g + l
     and uses half t (0 = low) of word i,
 
-the eight columns of 32 that one lane of a tensor-core accumulator holds. An element is kept if its 16
-bits are at least round(65536 * p); kept ones are multiplied by 65536 / (65536 - round(65536 * p)).
+the eight columns of 32 that one lane of a tensor-core accumulator holds. An element is kept if its
+16 bits are at least round(65536 * p); kept ones are multiplied by 65536 / (65536 - round(65536 *
+p)).
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ A backend is a module with a ``NAME`` and three functions:
 * ``forward(call) -> (out, lse)``;
 * ``backward(call, out, lse, dout, dlse) -> Gradients``.
 
-The first backend that answers None runs. An exception in a kernel is never a reason to try the next.
+The first backend that answers None runs. An exception in a kernel is never a reason to try the
+next.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from . import reference, triton
 class Call:
     """One checked call of attention().
 
-    q [B, Hq, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, Dv]; bias broadcasts to [B, Hq, Lq, Lk] and has
-    4 dimensions; alibi_slopes [B|1, Hq]; sinks [Hq]; dropout_seed int64 [1].
+    q [B, Hq, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, Dv]; bias broadcasts to [B, Hq, Lq, Lk] and
+    has 4 dimensions; alibi_slopes [B|1, Hq]; sinks [Hq]; dropout_seed int64 [1].
     """
 
     q: Tensor
@@ -62,14 +63,15 @@ _forced: str | None = None
 def named(name: str):
     """The backend of that name."""
     for backend in BACKENDS:
-        if backend.NAME == name:
+        if name == backend.NAME:
             return backend
     known = ", ".join(backend.NAME for backend in BACKENDS)
     raise ValueError(f"unknown backend {name!r}; known: {known}")
 
 
 def forced_name(name: str | None = None) -> str | None:
-    """The backend that must run: by argument, by use_backend(), by TILEMASK_BACKEND, in this order."""
+    """The backend that must run: by argument, by use_backend(), by TILEMASK_BACKEND, in this
+    order."""
     return name or _forced or _FROM_ENVIRONMENT
 
 
@@ -123,9 +125,10 @@ def empty_like_query(q: Tensor, width: int) -> Tensor:
 
 
 def recompute(call: Call, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
-    """Gradients of the reference by running it again: its backward where autograd cannot reach it."""
+    """Gradients of the reference by running it again: its backward where autograd cannot reach
+    it."""
     names = [n for n in ("q", "k", "v", "bias", "sinks") if getattr(call, n) is not None]
-    with torch.enable_grad():
+    with torch.enable_grad(), autograd_recording():
         leaves = {n: getattr(call, n).detach().requires_grad_() for n in names}
         given = zip(reference.forward(replaced(call, **leaves)), (dout, dlse), strict=True)
         outputs, cotangents = zip(*((o, g) for o, g in given if g is not None), strict=True)
@@ -133,6 +136,14 @@ def recompute(call: Call, dout: Tensor | None, dlse: Tensor | None) -> Gradients
             outputs, list(leaves.values()), cotangents, materialize_grads=True
         )
     return Gradients(**dict(zip(names, grads, strict=True)))
+
+
+def autograd_recording():
+    """Let autograd record inside an op: under a dispatch mode its keys are switched off by then."""
+    off = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+        off = off - torch._C.DispatchKeySet(key)
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), off)
 
 
 def replaced(call: Call, **changes) -> Call:

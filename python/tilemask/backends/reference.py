@@ -1,8 +1,8 @@
 """The reference: plain PyTorch, on any device, the meaning of every option.
 
 It works through chunks of query rows, so that memory stays bounded whatever the lengths, and is
-differentiable twice. Order of operations, as everywhere: scale * q k^T, softcap, bias and ALiBi, mask,
-softmax (with sinks), dropout, times v.
+differentiable twice. Order of operations, as everywhere: scale * q k^T, softcap, bias and ALiBi,
+mask, softmax (with sinks), dropout, times v.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ def why_not(call) -> str | None:
 
 def forward(call) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Lq, Dv] in q's dtype and lse float32 [B, Hq, Lq] (float64 for float64 inputs)."""
+    kind = call.q.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):  # inputs are cast already, no more
+        with torch.autocast(kind, enabled=False):
+            return forward(call)
     q, k, v = call.q, call.k, call.v
     math = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, heads, len_q, _ = q.shape
@@ -104,7 +108,9 @@ def attend_rows(call, q, k, v, lo, hi, first, bias, sinks) -> tuple[Tensor, Tens
     lse = (pivot + torch.log(total)).masked_fill(empty, float("-inf"))
 
     if call.dropout_p:
-        keep, factor = keep_mask(call.dropout_p, call.dropout_seed, batch, heads, first, rows, len_k)
+        keep, factor = keep_mask(
+            call.dropout_p, call.dropout_seed, batch, heads, first, rows, len_k
+        )
         p = p * keep * factor
     folded = (p / total).view(batch, kv_heads, heads // kv_heads * rows, len_k)
     out = (folded @ v).view(batch, heads, rows, v.shape[3])

@@ -21,7 +21,19 @@ LONGEST = 1 << 30  # positions are int32 in the kernels
 WIDEST_STRIDE = 1 << 23  # offsets inside a tile are int32 too
 
 
-@functools.cache
+def asked_once(function):
+    """Cache answers about the machine, also while torch.compile traces."""
+    cached = functools.cache(function)
+
+    @torch.compiler.assume_constant_result
+    @functools.wraps(function)
+    def ask(*arguments):
+        return cached(*arguments)
+
+    return ask
+
+
+@asked_once
 def unavailable() -> str | None:
     """Why no call at all can run here; None if some can. Does not start CUDA."""
     if importlib.util.find_spec("triton") is None:
@@ -35,7 +47,7 @@ def unavailable() -> str | None:
     return None
 
 
-@functools.cache
+@asked_once
 def unfit(device: torch.device) -> str | None:
     """Why the kernels cannot run on tensors of this device."""
     if device.type == "cpu" and INTERPRETED:
@@ -49,7 +61,7 @@ def unfit(device: torch.device) -> str | None:
     return reason
 
 
-@functools.cache
+@asked_once
 def architecture(device: torch.device) -> int:
     """Compute capability times ten; 80 for the interpreter."""
     if device.type != "cuda":
@@ -63,6 +75,8 @@ def why_not(call) -> str | None:
     reason = unfit(q.device)
     if reason is not None:
         return reason
+    if torch._C._functorch.maybe_current_level() is not None:
+        return "a torch.func transform (vmap, grad, ...) is active, which sees through PyTorch only"
     if q.dtype not in DTYPES:
         return f"the Triton kernels compute float16, bfloat16 and float32, not {q.dtype}"
     if q.shape[3] > WIDEST or v.shape[3] > WIDEST:
@@ -85,6 +99,7 @@ def why_not(call) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result  # while tracing it only chooses a tile shape
 def precision(dtype: torch.dtype) -> str:
     """How float32 products are computed: "tf32" where torch is set to it, else "ieee"."""
     if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
@@ -155,8 +170,19 @@ def forward(call, visits: Tensor | None = None) -> tuple[Tensor, Tensor]:
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     with on_device(q):
         launch(
-            q, k, v, out, lse, call.mask.bounds, mask_args(call.mask), lists_for(call, "forward"),
-            call.scale, precision(q.dtype), config(call, "forward"), INTERPRETED, visits,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            call.mask.bounds,
+            mask_args(call.mask),
+            lists_for(call, "forward"),
+            call.scale,
+            precision(q.dtype),
+            config(call, "forward"),
+            INTERPRETED,
+            visits,
         )
     return out, lse
 
@@ -182,12 +208,41 @@ def backward(
     visits_dq, visits_dkv = visits or (None, None)
     with on_device(q):
         backward_dq(
-            q, k, v, out, dout, dq, lse, dlse, delta, bounds, mask, lists_for(call, "dq"),
-            call.scale, precision(q.dtype), config(call, "dq"), INTERPRETED, visits_dq,
+            q,
+            k,
+            v,
+            out,
+            dout,
+            dq,
+            lse,
+            dlse,
+            delta,
+            bounds,
+            mask,
+            lists_for(call, "dq"),
+            call.scale,
+            precision(q.dtype),
+            config(call, "dq"),
+            INTERPRETED,
+            visits_dq,
         )
         backward_dkv(
-            q, k, v, dout, dk, dv, lse, delta, bounds, mask, lists_for(call, "dkv"),
-            call.scale, precision(q.dtype), config(call, "dkv"), INTERPRETED, visits_dkv,
+            q,
+            k,
+            v,
+            dout,
+            dk,
+            dv,
+            lse,
+            delta,
+            bounds,
+            mask,
+            lists_for(call, "dkv"),
+            call.scale,
+            precision(q.dtype),
+            config(call, "dkv"),
+            INTERPRETED,
+            visits_dkv,
         )
     return Gradients(dq, dk, dv)
 

@@ -1,0 +1,101 @@
+"""Static gates on the code that Triton's compiler makes of the shipped configurations, without a
+GPU.
+
+Every row of the table is compiled for its architecture and must keep everything in registers (no
+spill, no stack) and fit a block's shared memory. The representative of a row is bfloat16 (or
+float32) at the row's full width with per-batch bounds, which needs the most registers; the full
+matrix adds the other mask forms, float16, odd widths and Dv != D.
+"""
+
+import aot
+import pytest
+from aot import SHARED_LIMIT, compile_kernel, compile_list_builder
+
+from tilemask.kernels import tuning
+
+pytestmark = pytest.mark.compiled
+
+WIDTHS = (64, 128, 256)
+ARCHITECTURES = (80, 86, 90, 100, 120)
+ROWS = [
+    pytest.param(
+        kernel, arithmetic, arch, place, id=f"{kernel}-{arithmetic}-sm{arch}-{WIDTHS[place]}"
+    )
+    for kernel, arithmetic in tuning.TABLE
+    for arch in ARCHITECTURES
+    for place in range(3)
+    # one architecture per row of the table; sm_120 compiles differently from sm_86 and shares its
+    # row
+    if arch in (*tuning.TABLE[kernel, arithmetic], 120)
+]
+
+
+def compiled(kernel, arithmetic, arch, place, **options):
+    config = tuning.pick(kernel, arithmetic, arch, WIDTHS[place])
+    options = {
+        "dtype": "bf16" if arithmetic == "half" else "fp32",
+        "width": WIDTHS[place],
+    } | options
+    precision = "tf32" if arithmetic == "tf32" else "ieee"
+    return compile_kernel(kernel, arch, config, precision=precision, **options)
+
+
+def gate(code, arch):
+    assert code.shared <= SHARED_LIMIT[arch] * 1024
+    if arch != 120:  # shares sm_86's rows, and its compiler back end spills a little in some
+        assert (code.spills, code.stack) == (0, 0)
+
+
+@pytest.mark.parametrize("kernel, arithmetic, arch, place", ROWS)
+def test_row_of_the_table(kernel, arithmetic, arch, place):
+    code = compiled(kernel, arithmetic, arch, place, per_batch=True)
+    gate(code, arch)
+    if (
+        arithmetic == "half"
+    ):  # tensor cores: wgmma on sm_90, tcgen05 on sm_100 where the tile fits it
+        tensor = {90: code.count("HGMMA"), 100: code.count("UTCHMMA") + code.count("HMMA")}
+        assert tensor.get(arch, code.count("HMMA")) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form, per_batch", [("lists", True), ("lists", False), ("affine", False)])
+@pytest.mark.parametrize("kernel, arithmetic, arch, place", ROWS)
+def test_every_form_of_mask(kernel, arithmetic, arch, place, form, per_batch):
+    gate(compiled(kernel, arithmetic, arch, place, form=form, per_batch=per_batch), arch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel, arithmetic, arch, place", ROWS)
+def test_odd_widths_compile(kernel, arithmetic, arch, place):
+    width = WIDTHS[place] * 5 // 8
+    code = compiled(kernel, arithmetic, arch, place, width=width, width_v=WIDTHS[place])
+    assert code.shared <= SHARED_LIMIT[arch] * 1024
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_list_builder(arch, transposed):
+    code = compile_list_builder(arch, 128, 64, transposed)
+    assert (code.spills, code.stack) == (0, 0)
+
+
+# -- the cost of the mask -------------------------------------------------------------------------
+
+
+def loops(code):
+    """Instruction counts of the loops in SASS, as {length: {mnemonic: count}} by backward
+    branches."""
+    return aot.loops(code.sass)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_full_loop_has_no_mask_code_and_partial_tiles_pay_little(arch):
+    """The two main loops of the forward: the full one as long as an unmasked kernel's, and the
+    partial one at most 2.9 instructions per score element longer, with its select done by
+    predicates that one R2P instruction sets for several elements."""
+    config = tuning.TileConfig(64, 64, 4, 2)
+    code = compile_kernel("forward", arch, config)
+    full, partial = sorted(loops(code), key=len)[-2:]
+    per_thread = config.block_m * config.block_n / (32 * config.num_warps)
+    assert "R2P" not in full and "R2P" in partial
+    assert (len(partial) - len(full)) / per_thread <= 2.9

@@ -1,0 +1,170 @@
+"""What only a GPU can show: CUDA graphs, no host synchronisation, streams, determinism, devices."""
+
+import pytest
+import torch
+
+import tilemask
+from tilemask import masks
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+LENGTH = 300
+
+
+def tensors(requires_grad=True, dtype=torch.bfloat16, batch=2):
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    return [
+        torch.randn(
+            batch, heads, LENGTH, 64, generator=generator, device="cuda", dtype=dtype
+        ).requires_grad_(requires_grad)
+        for heads in (4, 2, 2)
+    ]
+
+
+def on_gpu(*values):
+    return torch.tensor(values, device="cuda")
+
+
+MASKS = {
+    "causal": lambda: masks.causal(),
+    "padding": lambda: masks.causal() & masks.padding(on_gpu(200, LENGTH)),
+    "varlen": lambda: masks.varlen(
+        on_gpu(0, 100, 100, 290), within=masks.causal(align="lower_right")
+    ),
+    "documents": lambda: masks.documents(
+        torch.arange(LENGTH, device="cuda") // 70, contiguous=True, within=masks.causal()
+    ),
+    "prefix_lm": lambda: masks.prefix_lm(on_gpu(5, 250)),
+    "intervals": lambda: masks.intervals(
+        torch.arange(LENGTH, device="cuda") // 3, torch.arange(LENGTH, device="cuda") // 2
+    ),
+}
+
+
+def attend(q, k, v, mask):
+    out, lse = tilemask.attention(q, k, v, mask=mask, return_lse=True, backend="triton")
+    return out, lse
+
+
+def step(inputs, mask):
+    out, lse = attend(*inputs, mask)
+    grads = torch.autograd.grad(
+        out.float().square().sum() + torch.where(lse == -torch.inf, 0, lse).sum(), inputs
+    )
+    return out, lse, *grads
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_nothing_synchronises_with_the_host(kind):
+    step(tensors(), MASKS[kind]())  # compile first
+    inputs = tensors()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(inputs, MASKS_WITHOUT_COPIES[kind]())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# as MASKS, from tensors that are on the device already: making one from a list copies it there
+LENGTHS_ON_GPU = {}
+
+
+def kept(name, make):
+    if name not in LENGTHS_ON_GPU:
+        LENGTHS_ON_GPU[name] = make()
+    return LENGTHS_ON_GPU[name]
+
+
+MASKS_WITHOUT_COPIES = {
+    **MASKS,
+    "padding": lambda: masks.causal() & masks.padding(kept("p", lambda: on_gpu(200, LENGTH))),
+    "varlen": lambda: masks.varlen(
+        kept("v", lambda: on_gpu(0, 100, 100, 290)), within=masks.causal(align="lower_right")
+    ),
+    "prefix_lm": lambda: masks.prefix_lm(kept("x", lambda: on_gpu(5, 250))),
+}
+for _name in ("padding", "varlen", "prefix_lm"):
+    if torch.cuda.is_available():
+        MASKS_WITHOUT_COPIES[_name]()
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_cuda_graphs(kind):
+    """Captured once, replayed with other numbers: lowering, lists, forward and backward."""
+    inputs = tensors()
+    make = MASKS_WITHOUT_COPIES[kind]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(inputs, make())
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(inputs, make())
+    with torch.no_grad():
+        for tensor in inputs:
+            tensor.mul_(0.5)
+    graph.replay()
+    torch.cuda.synchronize()
+    for got, wanted in zip(captured, step(inputs, make()), strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_gradients_are_deterministic(kind):
+    first = step(tensors(), MASKS[kind]())
+    for _ in range(3):
+        for a, b in zip(first, step(tensors(), MASKS[kind]()), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_mask_used_on_two_streams():
+    """Lowered forms are kept per stream: the second stream lowers anew instead of racing."""
+    inputs = tensors(requires_grad=False)
+    mask = MASKS["documents"]()
+    wanted = attend(*inputs, mask)[0]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        got = attend(*inputs, mask)[0]
+    torch.cuda.synchronize()
+    assert torch.equal(got, wanted)
+
+
+def test_output_keeps_the_memory_order_of_q():
+    q = torch.randn(2, 50, 4, 64, device="cuda", dtype=torch.float16).transpose(1, 2)
+    out = tilemask.attention(q, q, q, backend="triton")
+    assert out.transpose(1, 2).is_contiguous()
+
+
+def test_triton_is_chosen_on_a_gpu():
+    q, k, v = tensors(requires_grad=False)
+    assert tilemask.available_backends()[0] == "triton"
+    assert tilemask.explain(q, k, v, mask=masks.causal()).backend == "triton"
+    explained = tilemask.explain(q, k, v, bias=torch.zeros(1, 1, device="cuda"))
+    assert explained.backend == "reference" and "bias" in explained.reasons["triton"]
+
+
+@pytest.mark.parametrize("setting", ["ieee", "tf32"])
+def test_float32_precision_is_torchs(setting):
+    q, k, v = tensors(requires_grad=False, dtype=torch.float32)
+    truth = tilemask.attention(q.double(), k.double(), v.double(), mask=masks.causal())
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = setting
+    try:
+        error = (attend(q, k, v, masks.causal())[0] - truth).abs().max().item()
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert error < 1e-5 if setting == "ieee" else 1e-5 < error < 1e-2
+
+
+def test_more_than_2_to_the_31_elements():
+    if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
+        pytest.skip("needs 40 GiB")
+    length = 2**31 // (8 * 64) + 128
+    q = torch.randn(1, 8, 128, 64, device="cuda", dtype=torch.float16)
+    k = torch.randn(1, 8, length, 64, device="cuda", dtype=torch.float16)
+    mask = masks.padding(start=torch.tensor([length - 200]))
+    out = tilemask.attention(q, k, k, mask=mask, backend="triton")
+    wanted = tilemask.attention(q, k[:, :, -200:], k[:, :, -200:], backend="triton")
+    torch.testing.assert_close(out, wanted, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,234 @@
+"""The ways to run a case on the Triton kernels: in the interpreter, or on a GPU.
+
+Triton decides when it is imported whether functions are interpreted, so the interpreter lives in a
+process of its own: a worker that this module starts when the first test asks for it, and that runs
+functions of this module by name. Results travel as float64 NumPy arrays, which hold every dtype
+exactly.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+
+import cases
+import torch
+
+TILE = (32, 32, 4, 2)  # small tiles: more of them, and more edges, in a small case
+
+
+class Interpreter:
+    """Triton's interpreter on CPU tensors."""
+
+    name = "interpreter"
+    device = "cpu"
+    default_tile = TILE
+
+    def __init__(self):
+        self.pool = None
+
+    def call(self, function, *arguments):
+        """Run a function of this module in the worker."""
+        if self.pool is None:
+            self.pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+            os.environ["TRITON_INTERPRET"] = "1"
+            try:
+                self.pool.submit(start_worker).result()
+            finally:
+                del os.environ["TRITON_INTERPRET"]
+            atexit.register(self.pool.shutdown)
+        return self.pool.submit(function, *arguments).result()
+
+
+class Gpu:
+    """Compiled for the GPU of this machine, in this process."""
+
+    name = "gpu"
+    device = "cuda"
+    default_tile = None  # the table's
+
+    def call(self, function, *arguments):
+        return function(*arguments)
+
+
+WAYS = [Gpu()] if torch.cuda.is_available() else [Interpreter()]
+
+
+def start_worker():
+    import poison
+
+    from tilemask.backends import triton
+
+    assert triton.INTERPRETED
+    torch.set_num_threads(1)
+    poison.install()
+
+
+# -- functions that run in the worker, or on the GPU ----------------------------------------------
+
+
+def forced_tile(tile):
+    """Force a tile shape (block_m, block_n, num_warps, num_stages); None = the table's."""
+    from tilemask.kernels import tuning
+
+    return tuning.forced(None if tile is None else tuning.TileConfig(*tile))
+
+
+def run_case(name: str, dtype: str, tile, device: str) -> dict:
+    """Results of a case on the Triton backend, as float64 arrays."""
+    with forced_tile(tile):
+        results = cases.run(cases.named(name), getattr(torch, dtype), device, "triton")
+    return {key: value.cpu().double().numpy() for key, value in results.items()}
+
+
+def visits(name: str, dtype: str, tile, device: str) -> dict:
+    """How often each kernel visited each tile in each class: int32 [B * Hq, rows, columns, 2], and
+    the tile shape it ran with."""
+    from tilemask import backends
+    from tilemask.attention import checked
+    from tilemask.backends import triton
+
+    case = cases.named(name)
+    given = cases.inputs(case, getattr(torch, dtype), device)
+    with forced_tile(tile):
+        call = checked(
+            given["q"].detach(), given["k"].detach(), given["v"].detach(), case.mask(device)
+        )
+        assert backends.choose(call, "triton") is triton
+        counters = {kernel: counter(call, kernel) for kernel in ("forward", "dq", "dkv")}
+        out, lse = triton.forward(call, counters["forward"])
+        triton.backward(call, out, lse, given["dout"], None, (counters["dq"], counters["dkv"]))
+        shapes = {kernel: triton.config(call, kernel)[:2] for kernel in counters}
+    return {k: (shapes[k], counters[k].cpu().numpy()) for k in counters}
+
+
+def counter(call, kernel: str):
+    from tilemask.backends import triton
+
+    block_m, block_n = triton.config(call, kernel)[:2]
+    batch, heads, len_q, _ = call.q.shape
+    shape = (batch * heads, -(-len_q // block_m), -(-call.k.shape[2] // block_n), 2)
+    return torch.zeros(shape, dtype=torch.int32, device=call.q.device)
+
+
+def lists(name: str, tile, transposed: bool, device: str):
+    """counts and blocks of a case's tile lists."""
+    from tilemask import lowering
+    from tilemask.kernels.pack import build_lists
+
+    case = cases.named(name)
+    lowered = lowering.lower(
+        case.mask(device), case.B, case.Hq, case.Lq, case.Lk, torch.device(device)
+    )
+    counts, blocks = build_lists(lowered.lo, lowered.hi, case.Lk, *tile, transposed)
+    return counts.cpu().numpy(), blocks.cpu().numpy()
+
+
+def far_apart(device: str):
+    """Largest difference of attention on tensors whose batches lie more than 2**31 elements apart
+    from the same on compact ones."""
+    import tilemask
+
+    apart = 2**31 + 64
+    storage = torch.empty(apart + 64 * 16, dtype=torch.float16, device=device)
+    compact = torch.randn(2, 1, 64, 16, generator=torch.Generator().manual_seed(0))
+    compact = compact.to(device, torch.float16)
+    wide = storage.as_strided((2, 1, 64, 16), (apart, 1024, 16, 1))
+    wide.copy_(compact)
+    mask = tilemask.masks.causal()
+    results = []
+    for tensor in (wide, compact):
+        tensor = tensor.detach().requires_grad_()
+        out = tilemask.attention(tensor, tensor, tensor, mask=mask, backend="triton")
+        results.append((out.detach(), *torch.autograd.grad(out.float().square().sum(), tensor)))
+    return max((a - b).abs().max().item() for a, b in zip(*results, strict=True))
+
+
+def traced(name: str, dtype: str, tile, device: str) -> tuple[dict, dict, list[str]]:
+    """A case eagerly and under torch.compile(fullgraph=True), and the ops in the compiled
+    graphs."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    case = cases.named(name)
+    ops = []
+
+    def record(graph, _):
+        ops.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    with forced_tile(tile):
+        eager = cases.run(case, getattr(torch, dtype), device, "triton")
+        torch._dynamo.reset()
+        compiled = cases.run(
+            case,
+            getattr(torch, dtype),
+            device,
+            "triton",
+            wrap=lambda f: torch.compile(
+                f, fullgraph=True, backend=aot_autograd(fw_compiler=record)
+            ),
+        )
+    as_arrays = [{k: v.cpu().double().numpy() for k, v in r.items()} for r in (eager, compiled)]
+    return *as_arrays, ops
+
+
+def compiled_layers(device: str) -> list[str]:
+    """The ops in the forward graph of a compiled two-layer model in training, each layer with a
+    varlen mask of its own made from the same tensor."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    import tilemask
+
+    ops = []
+
+    def record(graph, _):
+        ops.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    cu = torch.tensor([0, 20, 50], device=device)
+
+    def model(x):
+        for _ in range(2):
+            mask = tilemask.masks.varlen(cu, within=tilemask.masks.causal())
+            x = x + tilemask.attention(x, x, x, mask=mask, backend="triton")
+        return x
+
+    torch._dynamo.reset()
+    backend = aot_autograd(
+        fw_compiler=record,
+        bw_compiler=lambda graph, _: graph,
+        partition_fn=min_cut_rematerialization_partition,  # as the default backend has it
+    )
+    x = torch.randn(1, 2, 50, 16, device=device, requires_grad=True)
+    with forced_tile(TILE):
+        torch.compile(model, fullgraph=True, backend=backend)(x).sum().backward()
+    return ops
+
+
+def opcheck_all(device: str, tile) -> None:
+    """torch.library.opcheck on the ops as the Triton backend uses them."""
+    import tilemask
+    from tilemask import autograd
+    from tilemask.attention import checked
+    from tilemask.backends import triton
+
+    q, k = torch.randn(2, 4, 40, 16, device=device), torch.randn(2, 2, 50, 16, device=device)
+    mask = tilemask.masks.prefix_lm(torch.tensor([3, 50], device=device))
+    with forced_tile(tile):
+        call = checked(q, k, k, mask)
+        options, tensors, bounds, numbers = autograd.packed(call)
+        key = triton.list_key(call, "forward")
+        lowered = call.mask
+        check = torch.library.opcheck
+        check(torch.ops.tilemask.lower.default, (lowered.lo, lowered.hi, lowered.len_k, *key))
+        tiles, lists = autograd.lists_of(call, triton, "forward")
+        inputs = (q, k, k.clone(), options)
+        arguments = (*inputs, tensors + lists, bounds + tiles, numbers, "triton")
+        check(torch.ops.tilemask.forward.default, arguments)
+        out, lse = torch.ops.tilemask.forward(*arguments)
+        tiles, lists = autograd.lists_of(call, triton, "backward")
+        given = (*inputs, tensors + lists, bounds + tiles, numbers, "triton")
+        check(torch.ops.tilemask.backward.default, (out, lse, out, lse, *given))
