@@ -88,11 +88,11 @@ def main_loops(arch, config):
 
 @pytest.mark.parametrize(
     "arch, narrow, wide",
-    [(80, (64, 64, 4, 2), (64, 128, 4, 2)), (90, (128, 64, 8, 2), (128, 128, 8, 2))],
+    [(80, (128, 32, 8, 2), (128, 64, 8, 2)), (90, (128, 64, 8, 2), (128, 128, 8, 2))],
 )
 def test_the_cost_of_a_partial_tile(arch, narrow, wide):
     """The full loop has no mask code. The partial one sets the predicates of several elements with
-    one R2P instruction: at most 2.4 instructions more per element, and 130 more per tile for the
+    one R2P instruction: at most 2.4 instructions more per element, and 100 more per tile for the
     words, the edges of K and V and the pivot. Two tile widths tell the two costs apart."""
     extra = []
     for tile in (narrow, wide):
@@ -103,4 +103,4 @@ def test_the_cost_of_a_partial_tile(arch, narrow, wide):
     elements = [m * n / (32 * warps) for m, n, warps, _ in (narrow, wide)]
     per_element = (extra[1] - extra[0]) / (elements[1] - elements[0])
     assert per_element <= 2.4
-    assert extra[0] - per_element * elements[0] <= 130
+    assert extra[0] - per_element * elements[0] <= 100
