@@ -149,7 +149,7 @@ def dq_kernel(
     lse2 = load_lse(lse + offset, rows, len_q)
 
     partial, full, partial_at, full_at = columns_to_visit(
-        row_block, lists, b, h, bounds, BLOCK_M, BLOCK_N
+        row_block, row_blocks, col_blocks, mask, lists, b, h, bounds, BLOCK_M, BLOCK_N
     )
 
     dq_tile = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -324,7 +324,7 @@ def dkv_kernel(
         offset = bh.to(tl.int64) * len_q
 
         partial, full, partial_at, full_at = rows_to_visit(
-            col_block, lists, b, h, bounds, BLOCK_M, BLOCK_N
+            col_block, row_blocks, col_blocks, mask, lists, b, h, bounds, BLOCK_M, BLOCK_N
         )
 
         for t in range(partial):

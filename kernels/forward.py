@@ -122,7 +122,7 @@ def forward_kernel(
         q_tile = (q_tile.to(tl.float32) * SIGN).to(q_tile.dtype)
 
     partial, full, partial_at, full_at = columns_to_visit(
-        row_block, lists, b, h, bounds, BLOCK_M, BLOCK_N
+        row_block, row_blocks, col_blocks, mask, lists, b, h, bounds, BLOCK_M, BLOCK_N
     )
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)

@@ -29,18 +29,24 @@ class MaskArgs(NamedTuple):
     bounds: torch.Tensor | None  # int32 [B, 6], bounds that differ by batch
     lo: torch.Tensor | None  # int32 [B|1, H|1, Lq], with hi: explicit intervals
     hi: torch.Tensor | None
-    stride_b: int  # of lo and hi
-    stride_h: int
+    batch_step: int  # heads of lo and hi from one batch to the next, 0 where they repeat
+    head_step: int  # 1, or 0 where they repeat over heads
 
 
 class ListArgs(NamedTuple):
-    """Lists of visited blocks (kernels/pack.py), as one argument; all None for affine masks."""
+    """Lists of visited blocks (kernels/pack.py), as one argument; all None for affine masks.
+
+    Batches and heads as in lo and hi. ``most`` is the number of blocks across.
+    """
 
     counts: torch.Tensor | None  # int32 [B|1, H|1, blocks, 2]: how many partial, how many full
     blocks: torch.Tensor | None  # int32 [B|1, H|1, blocks, 2, most]
-    stride_b: int | None  # of counts; blocks has these times ``most``
-    stride_h: int | None
-    most: int | None
+
+
+@triton.jit
+def mask_head(mask, b, h):
+    """Which of the mask's heads belongs to batch b and head h. 64 bits wide."""
+    return b.to(tl.int64) * mask.batch_step + h * mask.head_step
 
 
 @triton.jit
@@ -61,7 +67,7 @@ def row_intervals(rows, mask, b, h, bounds, len_q):
     """(lo, hi) of rows [M]; both 0 for a row that sees nothing."""
     start, end, left, right, q_start, q_end = bounds
     if mask.lo is not None:
-        offset = b.to(tl.int64) * mask.stride_b + h * mask.stride_h
+        offset = mask_head(mask, b, h) * len_q
         inside = rows < len_q
         lo = tl.load(mask.lo + offset + rows, mask=inside, other=0)  # [M]
         hi = tl.load(mask.hi + offset + rows, mask=inside, other=0)
@@ -271,31 +277,53 @@ def ordered_ranges(nothing, first, first_full, last_full, last):
 
 
 @triton.jit
-def columns_to_visit(row_block, lists, b, h, bounds, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def columns_to_visit(
+    row_block,
+    row_blocks,
+    col_blocks,
+    mask,
+    lists,
+    b,
+    h,
+    bounds,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """(partial, full, partial_at, full_at) of a row block: how many blocks of each class to visit,
     and what partial_block and full_block need to find them: block numbers, or pointers into lists.
     """
     if lists.counts is not None:
-        return listed(row_block, lists, b, h)
+        return listed(lists, mask_head(mask, b, h) * row_blocks + row_block, col_blocks)
     else:
         return counted(column_ranges(row_block * BLOCK_M, bounds, BLOCK_M, BLOCK_N))
 
 
 @triton.jit
-def rows_to_visit(col_block, lists, b, h, bounds, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def rows_to_visit(
+    col_block,
+    row_blocks,
+    col_blocks,
+    mask,
+    lists,
+    b,
+    h,
+    bounds,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """As columns_to_visit, for the row blocks of a column block."""
     if lists.counts is not None:
-        return listed(col_block, lists, b, h)
+        return listed(lists, mask_head(mask, b, h) * col_blocks + col_block, row_blocks)
     else:
         return counted(row_ranges(col_block * BLOCK_N, bounds, BLOCK_M, BLOCK_N))
 
 
 @triton.jit
-def listed(block, lists, b, h):
-    entry = b.to(tl.int64) * lists.stride_b + h * lists.stride_h + block * 2
-    partial, full = tl.load(lists.counts + entry), tl.load(lists.counts + entry + 1)
-    first = lists.blocks + entry * lists.most
-    return partial, full, first, first + lists.most
+def listed(lists, entry, most):
+    partial = tl.load(lists.counts + entry * 2)
+    full = tl.load(lists.counts + entry * 2 + 1)
+    first = lists.blocks + entry * 2 * most
+    return partial, full, first, first + most
 
 
 @triton.jit

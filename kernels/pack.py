@@ -104,16 +104,5 @@ def build_lists(
 
 
 def list_args(lists: tuple[torch.Tensor, torch.Tensor] | None) -> ListArgs:
-    """Lists as the kernels take them; strides are 0 where the mask repeats over batches or
-    heads."""
-    if lists is None:
-        return ListArgs(None, None, None, None, None)
-    counts, blocks = lists
-    batch, heads = counts.shape[:2]
-    return ListArgs(
-        counts,
-        blocks,
-        counts.stride(0) if batch > 1 else 0,
-        counts.stride(1) if heads > 1 else 0,
-        blocks.shape[-1],
-    )
+    """Lists as the kernels take them."""
+    return ListArgs(None, None) if lists is None else ListArgs(*lists)

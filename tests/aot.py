@@ -55,9 +55,7 @@ def arguments(kernel: str, dtype: str, form: str, per_batch: bool) -> dict:
         "i32",
         "i32",
     )
-    lists = ListArgs(None, None, None, None, None)
-    if form == "lists":
-        lists = ListArgs("*i32", "*i32", "i32", "i32", "i32")
+    lists = ListArgs("*i32", "*i32") if form == "lists" else ListArgs(None, None)
     known = {name: tensor for name in TENSORS}
     known |= dict.fromkeys(("lse", "delta", "dlse"), "*fp32")
     known |= dict.fromkeys(("scale", "scale_log2"), "fp32")

@@ -754,13 +754,20 @@ def torch_eager(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in results.items()}
 
 
-def torch_fused(case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, float]]:
+PIVOTS = (0.0, 0.25, 0.5, 0.75)
+
+
+def torch_fused(
+    case: Case, dtype: torch.dtype, pivot: float = 0.0
+) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The order of a fused kernel in plain torch: float32 inside, ``dtype`` for what tensor cores
     multiply and for out, which the backward reads again. Also the largest terms that each gradient
     is a sum of.
 
     Where a row sees one key, gradients of scores are a difference of two equal numbers: exactly 0
-    in torch_eager, but of the size of a rounding error here and in every kernel.
+    in torch_eager, but of the size of a rounding error here and in every kernel. Where a row sees a
+    few, chance decides how well the rounding errors of out cancel in its delta: ``pivot``, the power
+    of two that weights are held relative to while they are rounded, throws the dice again.
     """
     math = torch.promote_types(dtype, torch.float32)
     given = {n: t.detach().to(math) for n, t in clean_inputs(case, dtype).items()}
@@ -788,7 +795,9 @@ def torch_fused(case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict
     p = torch.softmax(columns.masked_fill(dead, 0), -1).masked_fill(dead, 0)[..., : case.Lk]
     kept, factor = dropout_keep(case) or (torch.ones(()), 1.0)
     dropped = rounded(p * kept * factor)
-    out = rounded(dropped @ v)
+    unit = p.amax(-1, keepdim=True) * 2**-pivot if case.Lk else torch.zeros_like(lse)
+    unit = unit.masked_fill(unit == 0, 1)
+    out = rounded((rounded(p * kept * factor / unit) @ v) * unit)
 
     dp = (dout @ v.mT) * kept * factor
     delta = (dout * out).sum(-1, keepdim=True)
@@ -836,11 +845,12 @@ def torch_errors(case: Case, dtype: torch.dtype) -> dict[str, float]:
     and that of rounding the truth.
     """
     truth = expected(case, dtype)
-    eager, (fused, _) = torch_eager(case, dtype), torch_fused(case, dtype)
+    eager = torch_eager(case, dtype)
+    fused = [torch_fused(case, dtype, pivot)[0] for pivot in PIVOTS]
     errors = {}
     for name, exact in truth.items():
         own = eager[name].dtype
-        answers = [fused[name], exact.to(own)]
+        answers = [*(results[name] for results in fused), exact.to(own)]
         if not (case.bias_values == "min" and dtype == torch.float16):
             answers.append(eager[name])  # -65504 swallows scores in float16, not in float32
         errors[name] = max(error(answer, exact) for answer in answers)

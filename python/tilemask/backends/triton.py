@@ -6,6 +6,7 @@ TRITON_INTERPRET=1 in the environment they run on CPU tensors, slowly, for tests
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -149,9 +150,9 @@ def mask_args(mask):
     if mask.lo is None:
         return MaskArgs(mask.batch_bounds, None, None, 0, 0)
     batch, heads, _ = mask.lo.shape
-    stride_b = mask.lo.stride(0) if batch > 1 else 0
-    stride_h = mask.lo.stride(1) if heads > 1 else 0
-    return MaskArgs(mask.batch_bounds, mask.lo, mask.hi, stride_b, stride_h)
+    return MaskArgs(
+        mask.batch_bounds, mask.lo, mask.hi, heads if batch > 1 else 0, 1 if heads > 1 else 0
+    )
 
 
 def unit_stride(tensor: Tensor) -> Tensor:
@@ -251,4 +252,4 @@ def on_device(tensor: Tensor):
     """Triton launches on the current device: make it the tensor's."""
     if tensor.is_cuda:
         return torch.cuda.device(tensor.device)
-    return torch.cuda.device(-1)  # does nothing
+    return contextlib.nullcontext()
