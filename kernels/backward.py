@@ -412,7 +412,7 @@ def backward_dq(
     out, do [B, Hq, Lq, DV]: unit last stride. lse, dlse (or None), delta: float32, contiguous.
     """
     batch, heads, len_q, width = q.shape
-    group, len_k, width_v = heads // k.shape[1], k.shape[2], v.shape[3]
+    group, len_k, width_v = heads // max(1, k.shape[1]), k.shape[2], v.shape[3]
     grid = (triton.cdiv(len_q, config.block_m) * batch * heads,)
     if grid[0] == 0:
         return
@@ -492,7 +492,7 @@ def backward_dkv(
         scale,
         scale * LOG2_E.value,
         kv_heads,
-        heads // kv_heads,
+        heads // max(1, kv_heads),
         len_q,
         len_k,
         D=width,

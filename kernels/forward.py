@@ -205,7 +205,7 @@ def forward(
     given. visits: int32 zeros [B * Hq, row blocks, column blocks, 2], counted up by tile and class.
     """
     batch, heads, len_q, width = q.shape
-    group, len_k, width_v = heads // k.shape[1], k.shape[2], v.shape[3]
+    group, len_k, width_v = heads // max(1, k.shape[1]), k.shape[2], v.shape[3]
     # a negative scale moves into q and a zero scale too: the loop may then take the row maximum
     # before scaling
     sign = (scale > 0) - (scale < 0)

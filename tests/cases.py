@@ -766,7 +766,7 @@ def torch_fused(
 
     Where a row sees one key, gradients of scores are a difference of two equal numbers: exactly 0
     in torch_eager, but of the size of a rounding error here and in every kernel. Where a row sees a
-    few, chance decides how well the rounding errors of out cancel in its delta: ``pivot``, the power
+    few, chance decides how well rounding errors of out cancel in its delta: ``pivot``, the power
     of two that weights are held relative to while they are rounded, throws the dice again.
     """
     math = torch.promote_types(dtype, torch.float32)

@@ -139,46 +139,53 @@ def scaled_dot_product_attention(
             enable_gqa=enable_gqa,
         )
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {describe(tensor)}")
+        check_dense(name, tensor)
         if tensor.dim() < 2:
             raise ValueError(f"{name} must have at least 2 dimensions, got {describe(tensor)}")
     query, key, value = autocast(query, key, value)
-    shape = query.shape
-    batch = shape[:-3]
-    if len(shape) != 4 or key.shape[:-3] != batch or value.shape[:-3] != batch:
-        query, key, value, batch = four_dimensional(query, key, value)
+    plain = query.dim() == key.dim() == value.dim() == 4
+    plain = plain and query.shape[0] == key.shape[0] == value.shape[0]
+    batch, lead = query.shape[:1], ()
+    if not plain:
+        query, key, value, batch, lead = four_dimensional(query, key, value)
+    query, key, value = matched_heads(query, key, value, enable_gqa)
     heads = query.shape[1]
-    key, value = matched_heads(key, value, heads, enable_gqa)
-    if isinstance(attn_mask, Tensor) and attn_mask.is_floating_point():
-        attn_mask = autocast(attn_mask, key, value)[0] if attn_mask.dtype in HALVES else attn_mask
+    if isinstance(attn_mask, Tensor) and attn_mask.dtype in HALVES:
+        attn_mask = autocast(attn_mask, key, value)[0]
     mask, bias = split_attn_mask(attn_mask, batch, heads, query, key)
     if is_causal:
         mask = CAUSAL if mask is None else mask & CAUSAL
     out = attention(query, key, value, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p)
-    return out if len(shape) == 4 else out.reshape(*batch, *shape[-3:-1], value.shape[-1])
+    return out if plain else out.reshape(*batch, *(heads for _ in lead), *out.shape[2:])
 
 
 # -- the shapes of torch's contract ---------------------------------------------------------------
 
 
 def four_dimensional(query, key, value):
-    """[B, H, L, D] views of tensors with 2 or more dimensions, and the broadcast batch shape."""
+    """[B, H, L, D] views of tensors with 2 or more dimensions, the broadcast batch shape, and
+    (None,) if the result has a dimension of heads, () if all three are matrices."""
+    lead = () if query.dim() == key.dim() == value.dim() == 2 else (None,)
     tensors = [t if t.dim() > 2 else t[None] for t in (query, key, value)]
     try:
         batch = torch.broadcast_shapes(*(t.shape[:-3] for t in tensors))
     except RuntimeError:
-        shapes = ", ".join(str(tuple(t.shape)) for t in (query, key, value))
         raise ValueError(
-            f"the batch dimensions of query, key and value do not broadcast: {shapes}"
+            "the batch dimensions of query, key and value do not broadcast: "
+            + shapes(query, key, value)
         ) from None
-    tensors = [t.expand(*batch, *t.shape[-3:]).reshape(-1, *t.shape[-3:]) for t in tensors]
-    return *tensors, (batch if query.dim() > 2 else torch.Size())
+    flat = math.prod(batch)
+    tensors = [t.expand(*batch, *t.shape[-3:]).reshape(flat, *t.shape[-3:]) for t in tensors]
+    return *tensors, batch, lead
 
 
-def matched_heads(key, value, heads: int, enable_gqa: bool):
-    """key and value under torch's rule: equal heads or one head, or divisors with enable_gqa."""
+def matched_heads(query, key, value, enable_gqa: bool):
+    """query, key and value under torch's rule: one head broadcasts, others are equal, or divisors
+    of query's with enable_gqa."""
     found = key.shape[1], value.shape[1]
+    if query.shape[1] == 1 and max(found) > 1:
+        query = query.expand(-1, max(found), -1, -1)
+    heads = query.shape[1]
     for name, count in zip(("key", "value"), found, strict=True):
         if count == heads or count == 1:
             continue
@@ -198,7 +205,7 @@ def matched_heads(key, value, heads: int, enable_gqa: bool):
             else t.repeat_interleave(heads // t.shape[1], 1)
             for t in (key, value)
         )
-    return key, value
+    return query, key, value
 
 
 def split_attn_mask(attn_mask, batch, heads: int, query, key):
@@ -262,13 +269,7 @@ def checked(
 ) -> Call:
     """A Call from the arguments of attention(), or an error that names the argument."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {describe(tensor)}")
-        if tensor.is_nested or tensor.layout != torch.strided:
-            raise TypeError(
-                f"{name} must be a dense tensor, got a nested or sparse one: pack the sequences "
-                "along L and use mask=masks.varlen(cu_seqlens)"
-            )
+        check_dense(name, tensor)
     q, k, v = autocast(q, k, v)
     check_tensors(q, k, v)
     B, Hq, Lq, D = q.shape
@@ -314,6 +315,16 @@ def checked(
         float(dropout_p),
         dropout_seed,
     )
+
+
+def check_dense(name: str, tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {describe(tensor)}")
+    if tensor.is_nested or tensor.layout != torch.strided:
+        raise TypeError(
+            f"{name} must be a dense tensor, got a nested or sparse one: pack the sequences "
+            "along L and use mask=masks.varlen(cu_seqlens)"
+        )
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -69,7 +69,7 @@ class LoweredMask:
 
     def live_keys(self, device) -> Tensor | None:
         """Bool [B|1, 1, Lk]: keys that padding leaves in; None if it leaves all."""
-        cols = torch.arange(self.len_k, device=device)
+        cols = torch.arange(self.len_k, device=device).view(1, 1, -1)
         live = None
         if self.batch_bounds is not None or self.bounds[:2] != (0, self.len_k):
             live = (self.column(0) <= cols) & (cols < self.column(1))
@@ -81,7 +81,7 @@ class LoweredMask:
         """Bool [B|1, 1, Lq]: rows inside the query range; None if all are."""
         if self.batch_bounds is None and self.bounds[4:] == (0, self.len_q):
             return None
-        rows = torch.arange(self.len_q, device=device)
+        rows = torch.arange(self.len_q, device=device).view(1, 1, -1)
         return (self.column(4) <= rows) & (rows < self.column(5))
 
 

@@ -76,10 +76,11 @@ def attend_rows(call, q, k, v, lo, hi, first, bias, sinks) -> tuple[Tensor, Tens
     """Attention of the rows from ``first`` on: q [B, Hq, rows, D], lo and hi [B|1, H|1, rows]."""
     batch, heads, rows, _ = q.shape
     kv_heads, len_k = k.shape[1], k.shape[2]
+    group = heads // max(1, kv_heads)
     cols = torch.arange(len_k, device=q.device)
 
     # query heads that share a key head are folded into its rows: K and V are never copied
-    folded = q.reshape(batch, kv_heads, heads // kv_heads * rows, q.shape[3])
+    folded = q.reshape(batch, kv_heads, group * rows, q.shape[3])
     scores = (folded @ k.transpose(-1, -2)).view(batch, heads, rows, len_k) * call.scale
     if call.softcap:
         scores = call.softcap * torch.tanh(scores / call.softcap)
@@ -112,7 +113,7 @@ def attend_rows(call, q, k, v, lo, hi, first, bias, sinks) -> tuple[Tensor, Tens
             call.dropout_p, call.dropout_seed, batch, heads, first, rows, len_k
         )
         p = p * keep * factor
-    folded = (p / total).view(batch, kv_heads, heads // kv_heads * rows, len_k)
+    folded = (p / total).view(batch, kv_heads, group * rows, len_k)
     out = (folded @ v).view(batch, heads, rows, v.shape[3])
     return out, lse[..., 0]
 
