@@ -6,6 +6,7 @@ and never reach for the network.
 
 import ast
 import email
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -151,8 +152,9 @@ def fresh_python(tmp_path):
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "env", cwd=tmp_path)
     lent = tmp_path / "lent"
     lent.mkdir()
+    # not find_spec: looking for pip makes setuptools give up its distutils in this process
     homes = {
-        Path(importlib.util.find_spec(name).origin).parents[1]
+        Path(importlib.metadata.distribution(name).locate_file(""))
         for name in ("pip", "setuptools", "torch")
     }
     for home in homes:
