@@ -369,3 +369,13 @@ def test_explain_says_what_is_forced():
 def test_explain_of_nothing():
     q = torch.zeros(0, 2, 0, 16)
     assert tilemask.explain(q, q, q).visited == 0.0
+
+
+def test_slopes_that_want_a_gradient_are_refused():
+    """No backend computes it: eager autograd would, compiled code would silently give None."""
+    q = torch.randn(1, 2, 3, 8)
+    slopes = torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match="alibi_slopes requires a gradient"):
+        tilemask.attention(q, q, q, alibi_slopes=slopes)
+    with torch.no_grad():
+        tilemask.attention(q, q, q, alibi_slopes=slopes)

@@ -521,3 +521,14 @@ def test_every_constructor_is_tested():
         "causal", "window", "chunked", "padding", "padding_from_tokens", "documents", "prefix_lm",
         "intervals", "dense", "varlen",
     }  # fmt: skip
+
+
+def test_forms_kept_in_inference_mode_stay_there():
+    """Autograd cannot save inference tensors: a call that differentiates lowers the mask anew."""
+    mask = masks.prefix_lm(torch.tensor([2]))
+    arguments = (mask, 1, 1, 6, 6, torch.device("cpu"))
+    with torch.inference_mode():
+        inside = lowering.lower(*arguments)
+        assert lowering.lower(*arguments) is inside
+    outside = lowering.lower(*arguments)
+    assert inside.lo.is_inference() and not outside.lo.is_inference()

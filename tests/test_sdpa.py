@@ -431,12 +431,17 @@ def test_broadcast_keys_and_values(length):
     torch.testing.assert_close(sdpa(q, k, v, mask), torch_math(q, k, v, attn_mask=mask))
 
 
-@pytest.mark.parametrize("mask", [None, "bool", "float"])
+@pytest.mark.parametrize("mask", [None, "bool", "float", "half"])
 def test_autocast(mask):
-    """As in torch: query, key and value become bfloat16, the mask stays as it is."""
+    """As in torch: query, key, value and a half-precision mask become bfloat16."""
     q = torch.randn(2, 4, 5, 8, dtype=torch.bfloat16)
     k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 7, 6)
-    attn_mask = {"bool": bits(5, 7), "float": torch.randn(5, 7)}.get(mask)
+    masks_by_name = {
+        "bool": bits(5, 7),
+        "float": torch.randn(5, 7),
+        "half": torch.randn(5, 7).half(),
+    }
+    attn_mask = masks_by_name.get(mask)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got, truth = sdpa(q, k, v, attn_mask), torch_math(q, k, v, attn_mask=attn_mask)
         assert tilemask.attention(k, k, v).dtype == torch.bfloat16
