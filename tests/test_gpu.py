@@ -21,23 +21,28 @@ def tensors(requires_grad=True, dtype=torch.bfloat16, batch=2):
     ]
 
 
-def on_gpu(*values):
-    return torch.tensor(values, device="cuda")
+@pytest.fixture(scope="module")
+def data():
+    """What masks are made from, on the GPU before anything is captured or watched."""
+    rows = torch.arange(LENGTH, device="cuda")
+    return {
+        "lengths": torch.tensor([200, LENGTH], device="cuda"),
+        "cu_seqlens": torch.tensor([0, 100, 100, 290], device="cuda"),
+        "ids": rows // 70,
+        "lo": rows // 3,
+        "hi": rows // 2,
+    }
 
 
 MASKS = {
-    "causal": lambda: masks.causal(),
-    "padding": lambda: masks.causal() & masks.padding(on_gpu(200, LENGTH)),
-    "varlen": lambda: masks.varlen(
-        on_gpu(0, 100, 100, 290), within=masks.causal(align="lower_right")
+    "causal": lambda data: masks.causal(),
+    "padding": lambda data: masks.causal() & masks.padding(data["lengths"]),
+    "varlen": lambda data: masks.varlen(
+        data["cu_seqlens"], within=masks.causal(align="lower_right")
     ),
-    "documents": lambda: masks.documents(
-        torch.arange(LENGTH, device="cuda") // 70, contiguous=True, within=masks.causal()
-    ),
-    "prefix_lm": lambda: masks.prefix_lm(on_gpu(5, 250)),
-    "intervals": lambda: masks.intervals(
-        torch.arange(LENGTH, device="cuda") // 3, torch.arange(LENGTH, device="cuda") // 2
-    ),
+    "documents": lambda data: masks.documents(data["ids"], contiguous=True, within=masks.causal()),
+    "prefix_lm": lambda data: masks.prefix_lm(data["lengths"]),
+    "intervals": lambda data: masks.intervals(data["lo"], data["hi"]),
 }
 
 
@@ -55,73 +60,50 @@ def step(inputs, mask):
 
 
 @pytest.mark.parametrize("kind", MASKS)
-def test_nothing_synchronises_with_the_host(kind):
-    step(tensors(), MASKS[kind]())  # compile first
+def test_nothing_synchronises_with_the_host(kind, data):
+    """Neither lowering nor the kernels, on a mask that was never seen before."""
+    step(tensors(), MASKS[kind](data))  # compiles
     inputs = tensors()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(inputs, MASKS_WITHOUT_COPIES[kind]())
+        step(inputs, MASKS[kind](data))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-# as MASKS, from tensors that are on the device already: making one from a list copies it there
-LENGTHS_ON_GPU = {}
-
-
-def kept(name, make):
-    if name not in LENGTHS_ON_GPU:
-        LENGTHS_ON_GPU[name] = make()
-    return LENGTHS_ON_GPU[name]
-
-
-MASKS_WITHOUT_COPIES = {
-    **MASKS,
-    "padding": lambda: masks.causal() & masks.padding(kept("p", lambda: on_gpu(200, LENGTH))),
-    "varlen": lambda: masks.varlen(
-        kept("v", lambda: on_gpu(0, 100, 100, 290)), within=masks.causal(align="lower_right")
-    ),
-    "prefix_lm": lambda: masks.prefix_lm(kept("x", lambda: on_gpu(5, 250))),
-}
-for _name in ("padding", "varlen", "prefix_lm"):
-    if torch.cuda.is_available():
-        MASKS_WITHOUT_COPIES[_name]()
-
-
 @pytest.mark.parametrize("kind", MASKS)
-def test_cuda_graphs(kind):
+def test_cuda_graphs(kind, data):
     """Captured once, replayed with other numbers: lowering, lists, forward and backward."""
     inputs = tensors()
-    make = MASKS_WITHOUT_COPIES[kind]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        step(inputs, make())
+        step(inputs, MASKS[kind](data))
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step(inputs, make())
+        captured = step(inputs, MASKS[kind](data))
     with torch.no_grad():
         for tensor in inputs:
             tensor.mul_(0.5)
     graph.replay()
     torch.cuda.synchronize()
-    for got, wanted in zip(captured, step(inputs, make()), strict=True):
+    for got, wanted in zip(captured, step(inputs, MASKS[kind](data)), strict=True):
         assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("kind", MASKS)
-def test_gradients_are_deterministic(kind):
-    first = step(tensors(), MASKS[kind]())
+def test_gradients_are_deterministic(kind, data):
+    first = step(tensors(), MASKS[kind](data))
     for _ in range(3):
-        for a, b in zip(first, step(tensors(), MASKS[kind]()), strict=True):
+        for a, b in zip(first, step(tensors(), MASKS[kind](data)), strict=True):
             assert torch.equal(a, b)
 
 
-def test_a_mask_used_on_two_streams():
+def test_a_mask_used_on_two_streams(data):
     """Lowered forms are kept per stream: the second stream lowers anew instead of racing."""
     inputs = tensors(requires_grad=False)
-    mask = MASKS["documents"]()
+    mask = MASKS["documents"](data)
     wanted = attend(*inputs, mask)[0]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
