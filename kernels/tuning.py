@@ -4,8 +4,9 @@ Keyed by kernel, arithmetic, architecture and head width. No autotuning on the c
 
 No GPU has measured these rows yet. Each was chosen by compiling candidates ahead of time (Triton
 3.7.1, tests/aot.py), largest tile first, and taking the first that keeps everything in registers
-for every form of mask and fits the shared memory of a block; tests/test_compiled.py holds them to
-it. float32 without tensor cores keeps whole operands in registers, hence its small tiles.
+for every form of mask (on sm_86 and sm_120: nearly so) and fits the shared memory of a block;
+tests/test_compiled.py holds them to it. float32 without tensor cores keeps whole operands in
+registers, hence its small tiles.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ TABLE: dict[tuple[str, str], dict[int, tuple[TileConfig, TileConfig, TileConfig]
         80: (TileConfig(128, 64, 8, 3), TileConfig(128, 64, 8, 3), TileConfig(64, 64, 8, 2)),
         86: (TileConfig(128, 64, 8, 3), TileConfig(128, 64, 8, 3), TileConfig(64, 32, 8, 2)),
         90: (TileConfig(128, 128, 8, 3), TileConfig(128, 64, 8, 3), TileConfig(128, 32, 8, 2)),
-        100: (TileConfig(128, 128, 8, 3), TileConfig(128, 128, 8, 3), TileConfig(64, 64, 8, 2)),
+        100: (TileConfig(128, 128, 8, 3), TileConfig(128, 64, 8, 3), TileConfig(64, 64, 8, 2)),
     },
     ("dq", "half"): {
         80: (TileConfig(128, 64, 8, 3), TileConfig(128, 32, 8, 2), TileConfig(64, 64, 8, 1)),
