@@ -51,7 +51,7 @@ def expected_classes(seen: torch.Tensor, block_m: int, block_n: int) -> np.ndarr
 @pytest.mark.parametrize("case", KERNEL_CASES, ids=lambda case: case.name)
 def test_visited_tiles(way, case):
     """Forward, dQ and dK/dV visit exactly the tiles the mask leaves, once, in their class."""
-    visited = way.call(ways.visits, case.name, "float32", (16, 32, 4, 1), way.device)
+    visited = way.call(ways.visits, case.name, "bfloat16", (16, 32, 4, 1), way.device)
     for kernel, (shape, counts) in visited.items():
         np.testing.assert_array_equal(counts, expected_classes(case.seen(), *shape), err_msg=kernel)
 
@@ -91,9 +91,9 @@ def shipped() -> list:
 @pytest.mark.parametrize("name", ["large_window", "large_varlen"])
 def test_every_tile_shape_of_the_table(way, name, tile):
     """Tile shapes change index arithmetic: each runs on lengths past two of its tiles."""
-    results = way.call(ways.run_case, name, "float32", (*tile, 4, 1), way.device)
+    results = way.call(ways.run_case, name, "bfloat16", (*tile, 4, 1), way.device)
     results = {key: torch.from_numpy(value) for key, value in results.items()}
-    cases.check(cases.named(name), torch.float32, results)
+    cases.check(cases.named(name), torch.bfloat16, results)
 
 
 # -- the rest -------------------------------------------------------------------------------------
