@@ -25,7 +25,7 @@ def classify(lo, hi, first_col, BLOCK_N: tl.constexpr):
     return some, whole | (lo >= hi)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["len_q", "blocks", "across"])
 def build_lists_kernel(
     lo_ptr,
     hi_ptr,

@@ -23,7 +23,7 @@ class TileConfig(NamedTuple):
 
 
 # arithmetic: "half" (float16, bfloat16), "tf32" and "ieee" (float32, with and without tensor
-# cores). architecture: the row of the highest number that is not above the GPU's, see row_of().
+# cores). architecture: see row_of().
 # The numbers of a row are for widths up to 64, 128 and 256 (the larger of D and Dv).
 TABLE: dict[tuple[str, str], dict[int, tuple[TileConfig, TileConfig, TileConfig]]] = {
     ("forward", "half"): {
@@ -64,30 +64,35 @@ TABLE: dict[tuple[str, str], dict[int, tuple[TileConfig, TileConfig, TileConfig]
     },
     ("forward", "ieee"): {
         80: (TileConfig(64, 32, 8, 2), TileConfig(32, 32, 8, 1), TileConfig(16, 32, 8, 2)),
+        86: (TileConfig(64, 32, 8, 2), TileConfig(32, 32, 8, 1), TileConfig(16, 32, 8, 2)),
+        90: (TileConfig(64, 32, 8, 2), TileConfig(32, 32, 8, 1), TileConfig(16, 32, 8, 2)),
+        100: (TileConfig(64, 32, 8, 2), TileConfig(32, 32, 8, 1), TileConfig(16, 32, 8, 2)),
     },
     ("dq", "ieee"): {
         80: (TileConfig(64, 32, 8, 2), TileConfig(16, 16, 8, 2), TileConfig(16, 32, 8, 2)),
         86: (TileConfig(64, 32, 8, 2), TileConfig(16, 32, 8, 2), TileConfig(16, 32, 8, 2)),
+        90: (TileConfig(64, 32, 8, 2), TileConfig(16, 32, 8, 2), TileConfig(16, 32, 8, 2)),
+        100: (TileConfig(64, 32, 8, 2), TileConfig(16, 32, 8, 2), TileConfig(16, 32, 8, 2)),
     },
     ("dkv", "ieee"): {
         80: (TileConfig(32, 32, 8, 1), TileConfig(16, 32, 8, 2), TileConfig(16, 32, 8, 2)),
         86: (TileConfig(32, 32, 8, 2), TileConfig(32, 32, 8, 1), TileConfig(16, 32, 8, 2)),
+        90: (TileConfig(32, 32, 8, 2), TileConfig(32, 32, 8, 1), TileConfig(16, 32, 8, 2)),
+        100: (TileConfig(32, 32, 8, 2), TileConfig(32, 32, 8, 1), TileConfig(16, 32, 8, 2)),
     },
 }
 
 _forced: TileConfig | None = None
 
 
-def row_of(kernel: str, arithmetic: str, architecture: int) -> int:
-    """The architecture key of the row for a GPU, e.g. 86 for sm_89 and sm_120.
+def row_of(architecture: int) -> int:
+    """The row of a GPU with this compute capability (times ten).
 
-    sm_86, sm_89 and sm_120 have 99 KiB of shared memory per block and mma.sync, and share a row; so
-    do sm_90 alone and sm_100 to sm_110, which have 227 KiB.
+    sm_86, sm_89 and sm_120 have 99 KiB of shared memory per block and mma.sync, and share a row.
     """
-    rows = TABLE[kernel, arithmetic]
     if architecture in (86, 87, 89) or architecture >= 120:
-        architecture = 86
-    return max(row for row in rows if row <= architecture)
+        return 86
+    return 100 if architecture >= 100 else 90 if architecture >= 90 else 80
 
 
 def pick(kernel: str, arithmetic: str, architecture: int, width: int) -> TileConfig:
@@ -95,10 +100,8 @@ def pick(kernel: str, arithmetic: str, architecture: int, width: int) -> TileCon
     width."""
     if _forced is not None:
         return _forced
-    rows = TABLE[kernel, arithmetic]
-    return rows[row_of(kernel, arithmetic, architecture)][
-        0 if width <= 64 else 1 if width <= 128 else 2
-    ]
+    row = TABLE[kernel, arithmetic][row_of(architecture)]
+    return row[0 if width <= 64 else 1 if width <= 128 else 2]
 
 
 @contextlib.contextmanager

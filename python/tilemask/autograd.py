@@ -24,7 +24,7 @@ TWICE = (
 
 def attend(call: Call, name: str | None = None) -> tuple[Tensor, Tensor]:
     """out and lse of a checked call, differentiable where autograd is on."""
-    if is_traced(call.q):
+    if is_traced(call.q, call.k, call.v):
         return attend_traced(call, name)
     backend = backends.choose(call, name)
     if backend is backends.reference:
@@ -39,11 +39,11 @@ def needs_gradient(call: Call) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
-def is_traced(q: Tensor) -> bool:
+def is_traced(*tensors: Tensor) -> bool:
     """Whether somebody other than the GPU watches: then the ops stand for the call."""
     if torch.compiler.is_compiling():
         return True
-    plain = type(q) is Tensor or type(q) is torch.nn.Parameter
+    plain = all(type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors)
     return not plain or bool(torch._C._len_torch_dispatch_stack())
 
 

@@ -122,19 +122,16 @@ def tile(call) -> tuple[int, int]:
     return config(call, "forward")[:2]
 
 
-def lists_for(call, kernel: str) -> tuple[Tensor, Tensor] | None:
+def lists_for(call, kernel: str, tile) -> tuple[Tensor, Tensor] | None:
     """Tile lists that ``kernel`` walks: None for affine masks, else kept with the lowered mask."""
     mask = call.mask
     if mask.lo is None:
         return None
-    tile = config(call, kernel)
-    key = list_key(call, kernel)
+    key = tile.block_m, tile.block_n, kernel == "dkv"
     if key not in mask.lists:
         from ..kernels.pack import build_lists
 
-        mask.lists[key] = build_lists(
-            mask.lo, mask.hi, mask.len_k, tile.block_m, tile.block_n, kernel == "dkv"
-        )
+        mask.lists[key] = build_lists(mask.lo, mask.hi, mask.len_k, *key)
     return mask.lists[key]
 
 
@@ -169,6 +166,7 @@ def forward(call, visits: Tensor | None = None) -> tuple[Tensor, Tensor]:
     q, k, v = unit_stride(call.q), unit_stride(call.k), unit_stride(call.v)
     out = empty_like_query(q, v.shape[3])
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    tile = config(call, "forward")
     with on_device(q):
         launch(
             q,
@@ -178,10 +176,10 @@ def forward(call, visits: Tensor | None = None) -> tuple[Tensor, Tensor]:
             lse,
             call.mask.bounds,
             mask_args(call.mask),
-            lists_for(call, "forward"),
+            lists_for(call, "forward", tile),
             call.scale,
             precision(q.dtype),
-            config(call, "forward"),
+            tile,
             INTERPRETED,
             visits,
         )
@@ -207,6 +205,7 @@ def backward(
     delta = torch.empty_like(lse)
     mask, bounds = mask_args(call.mask), call.mask.bounds
     visits_dq, visits_dkv = visits or (None, None)
+    tile_dq, tile_dkv = config(call, "dq"), config(call, "dkv")
     with on_device(q):
         backward_dq(
             q,
@@ -220,10 +219,10 @@ def backward(
             delta,
             bounds,
             mask,
-            lists_for(call, "dq"),
+            lists_for(call, "dq", tile_dq),
             call.scale,
             precision(q.dtype),
-            config(call, "dq"),
+            tile_dq,
             INTERPRETED,
             visits_dq,
         )
@@ -238,10 +237,10 @@ def backward(
             delta,
             bounds,
             mask,
-            lists_for(call, "dkv"),
+            lists_for(call, "dkv", tile_dkv),
             call.scale,
             precision(q.dtype),
-            config(call, "dkv"),
+            tile_dkv,
             INTERPRETED,
             visits_dkv,
         )
