@@ -8,6 +8,8 @@ import contextlib
 import inspect
 import io
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,9 @@ BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.MUL
 
 def with_real_output(text: str, name: str) -> str:
     """The page with every output block as the code before it prints it. Runs all Python blocks."""
-    namespace = {"__name__": "docs"}
+    # a module that can be imported: torch.compile looks names up in it
+    module = sys.modules["tilemask_page"] = types.ModuleType("tilemask_page")
+    namespace = vars(module)
 
     def run(block: re.Match) -> str:
         code, shown = block.groups()
