@@ -379,3 +379,9 @@ def test_slopes_that_want_a_gradient_are_refused():
         tilemask.attention(q, q, q, alibi_slopes=slopes)
     with torch.no_grad():
         tilemask.attention(q, q, q, alibi_slopes=slopes)
+
+
+def test_an_old_triton_is_named(monkeypatch):
+    monkeypatch.setattr(triton.importlib.metadata, "version", lambda name: "3.5.1")
+    reason = triton.unavailable.__wrapped__()
+    assert reason == "Triton 3.5.1 is older than 3.6 (pip install --upgrade triton)"

@@ -44,6 +44,14 @@ class LoweredMask:
     lists: dict = field(default_factory=dict)  # of tile lists, filled by the backend
 
     @property
+    def is_everything(self) -> bool:
+        """Whether every row sees every key."""
+        extra = (self.batch_bounds, self.lo, self.key_bits, self.bits)
+        if any(part is not None for part in extra):
+            return False
+        return self.bounds == everything(self.len_q, self.len_k)
+
+    @property
     def form(self) -> str:
         """How the mask was lowered, in words."""
         words = [
@@ -102,7 +110,7 @@ def lower(mask: Mask | None, B: int, H: int, Lq: int, Lk: int, device) -> Lowere
     on the stream it was made on.
     """
     if mask is None:
-        return LoweredMask(Lq, Lk, (0, Lk, -UNBOUNDED, UNBOUNDED, 0, Lq))
+        return LoweredMask(Lq, Lk, everything(Lq, Lk))
     kept = kept_forms(mask, device)
     key = None if kept is None else (B, H, Lq, Lk, device, *state_of(mask, device))
     if kept is not None and key in kept:
@@ -113,6 +121,11 @@ def lower(mask: Mask | None, B: int, H: int, Lq: int, Lk: int, device) -> Lowere
             kept.clear()
         kept[key] = lowered
     return lowered
+
+
+def everything(len_q: int, len_k: int) -> tuple[int, int, int, int, int, int]:
+    """The bounds under which every row sees every key."""
+    return 0, len_k, -UNBOUNDED, UNBOUNDED, 0, len_q
 
 
 def lower_anew(mask: Mask, B: int, H: int, Lq: int, Lk: int, device) -> LoweredMask:
@@ -137,7 +150,7 @@ def lower_anew(mask: Mask, B: int, H: int, Lq: int, Lk: int, device) -> LoweredM
 def clamped(bounds: Bounds, B: int, Lq: int, Lk: int):
     """Bounds inside the lengths: (six ints, None), or (six ints that hold for all, int32 [B,
     6])."""
-    inside = bounds & Bounds(0, Lk, -UNBOUNDED, UNBOUNDED, 0, Lq)
+    inside = bounds & Bounds(*everything(Lq, Lk))
     if not any(isinstance(value, Tensor) for value in inside):
         return tuple(inside), None
     device = next(value.device for value in inside if isinstance(value, Tensor))
@@ -147,7 +160,7 @@ def clamped(bounds: Bounds, B: int, Lq: int, Lk: int):
         else torch.full((B,), value, device=device)
         for value in inside
     ]
-    return (0, Lk, -UNBOUNDED, UNBOUNDED, 0, Lq), torch.stack(columns, 1).to(torch.int32)
+    return everything(Lq, Lk), torch.stack(columns, 1).to(torch.int32)
 
 
 # -- keeping lowered forms ------------------------------------------------------------------------

@@ -80,8 +80,8 @@ def attend_rows(call, q, k, v, lo, hi, first, bias, sinks) -> tuple[Tensor, Tens
     cols = torch.arange(len_k, device=q.device)
 
     # query heads that share a key head are folded into its rows: K and V are never copied
-    folded = q.reshape(batch, kv_heads, group * rows, q.shape[3])
-    scores = (folded @ k.transpose(-1, -2)).view(batch, heads, rows, len_k) * call.scale
+    folded = q.reshape(batch, kv_heads, group * rows, q.shape[3]) * call.scale
+    scores = (folded @ k.transpose(-1, -2)).view(batch, heads, rows, len_k)
     if call.softcap:
         scores = call.softcap * torch.tanh(scores / call.softcap)
     if bias is not None:
@@ -90,9 +90,10 @@ def attend_rows(call, q, k, v, lo, hi, first, bias, sinks) -> tuple[Tensor, Tens
         index = torch.arange(first, first + rows, device=q.device)[:, None]
         distance = (index + len_k - call.mask.len_q - cols).abs()
         scores = scores - call.alibi_slopes.to(scores.dtype)[:, :, None, None] * distance
-    bits = None if call.mask.bits is None else rows_of(call.mask.bits, first, rows)
-    seen = visible(lo, hi, call.mask.key_bits, bits, cols)
-    scores = scores.masked_fill(~seen, float("-inf"))
+    if not call.mask.is_everything:
+        bits = None if call.mask.bits is None else rows_of(call.mask.bits, first, rows)
+        seen = visible(lo, hi, call.mask.key_bits, bits, cols)
+        scores = scores.masked_fill(~seen, float("-inf"))
 
     # softmax; a row that sees nothing gets a finite pivot, sum 0, output 0 and lse -inf
     pivot = scores.detach().amax(-1, keepdim=True) if len_k else scores.new_full((1,), -torch.inf)

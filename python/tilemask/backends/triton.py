@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import os
 
@@ -17,6 +18,7 @@ from torch import Tensor
 NAME = "triton"
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+OLDEST = (3, 6)  # of Triton
 WIDEST = 256
 LONGEST = 1 << 30  # positions are int32 in the kernels
 WIDEST_STRIDE = 1 << 23  # offsets inside a tile are int32 too
@@ -39,6 +41,10 @@ def unavailable() -> str | None:
     """Why no call at all can run here; None if some can. Does not start CUDA."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # some builds have no record
+        version = importlib.metadata.version("triton")
+        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+            return f"Triton {version} is older than 3.6 (pip install --upgrade triton)"
     if INTERPRETED:
         return None
     if torch.version.cuda is None:
