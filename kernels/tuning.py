@@ -41,7 +41,7 @@ TABLE: dict[tuple[str, str], dict[int, tuple[TileConfig, TileConfig, TileConfig]
     ("dkv", "half"): {
         80: (TileConfig(32, 128, 8, 2), TileConfig(16, 128, 8, 2), TileConfig(32, 32, 8, 2)),
         86: (TileConfig(32, 128, 8, 2), TileConfig(16, 128, 8, 2), TileConfig(32, 32, 8, 1)),
-        90: (TileConfig(64, 128, 8, 3), TileConfig(32, 128, 8, 2), TileConfig(32, 32, 8, 1)),
+        90: (TileConfig(64, 128, 8, 2), TileConfig(32, 128, 8, 2), TileConfig(32, 32, 8, 1)),
         100: (TileConfig(64, 128, 8, 1), TileConfig(64, 64, 8, 1), TileConfig(32, 32, 8, 2)),
     },
     ("forward", "tf32"): {

@@ -1,5 +1,6 @@
 """What only a GPU can show: CUDA graphs, no host synchronisation, streams, determinism, devices."""
 
+import cases
 import pytest
 import torch
 
@@ -160,3 +161,12 @@ def test_more_than_2_to_the_32_pairs():
     last = masks.causal(align="lower_right")
     wanted = tilemask.attention(q[:, :, -70:], k, v, mask=last, backend="reference")
     torch.testing.assert_close(out[:, :, -70:], wanted, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case for case in cases.CASES if not case.kernel and torch.float32 in case.dtypes],
+    ids=lambda case: case.name,
+)
+def test_what_the_kernels_cannot_runs_on_the_reference(case):
+    cases.check(case, torch.float32, cases.run(case, torch.float32, "cuda"))
