@@ -19,15 +19,14 @@ from .masks import (
     column_intervals,
     columns_to_visit,
     count_visit,
-    full_block,
     live_columns,
     live_rows,
     load_bounds,
     masked,
     masked_transposed,
-    partial_block,
     row_intervals,
     rows_to_visit,
+    visited_block,
 )
 from .pack import list_args
 from .softmax import LOG2_E
@@ -154,53 +153,31 @@ def dq_kernel(
 
     dq_tile = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
-    for t in range(partial):
-        col_block = partial_block(t, lists, partial_at, full, full_at)
-        count_visit(visits, row_block, col_block, row_blocks, col_blocks, bh, True)
-        dq_tile = dq_step(
-            q_tile,
-            do_tile,
-            k_head,
-            v_head,
-            col_block * BLOCK_N,
-            lo,
-            hi,
-            bounds,
-            lse2,
-            row_delta,
-            dq_tile,
-            scale_log2,
-            D,
-            DV,
-            BLOCK_N,
-            PRECISION,
-            PORTABLE,
-            True,
-        )
-
-    for t in range(full):
-        col_block = full_block(t, lists, full_at)
-        count_visit(visits, row_block, col_block, row_blocks, col_blocks, bh, False)
-        dq_tile = dq_step(
-            q_tile,
-            do_tile,
-            k_head,
-            v_head,
-            col_block * BLOCK_N,
-            lo,
-            hi,
-            bounds,
-            lse2,
-            row_delta,
-            dq_tile,
-            scale_log2,
-            D,
-            DV,
-            BLOCK_N,
-            PRECISION,
-            PORTABLE,
-            False,
-        )
+    # two loops, partial tiles first: the one over full tiles has no mask code at all
+    for kind in tl.static_range(2):
+        for t in range(partial if kind == 0 else full):
+            col_block = visited_block(t, lists, partial_at, full, full_at, kind == 0)
+            count_visit(visits, row_block, col_block, row_blocks, col_blocks, bh, kind == 0)
+            dq_tile = dq_step(
+                q_tile,
+                do_tile,
+                k_head,
+                v_head,
+                col_block * BLOCK_N,
+                lo,
+                hi,
+                bounds,
+                lse2,
+                row_delta,
+                dq_tile,
+                scale_log2,
+                D,
+                DV,
+                BLOCK_N,
+                PRECISION,
+                PORTABLE,
+                kind == 0,
+            )
 
     # a row that saw nothing has gradient 0
     dq_tile = tl.where(alive[:, None], dq_tile * scale, 0.0)
@@ -327,61 +304,35 @@ def dkv_kernel(
             col_block, row_blocks, col_blocks, mask, lists, b, h, bounds, BLOCK_M, BLOCK_N
         )
 
-        for t in range(partial):
-            row_block = partial_block(t, lists, partial_at, full, full_at)
-            count_visit(visits, row_block, col_block, row_blocks, col_blocks, bh, True)
-            dk_tile, dv_tile = dkv_step(
-                k_tile,
-                v_tile,
-                cols,
-                q_head,
-                do_head,
-                row_block * BLOCK_M,
-                mask,
-                b,
-                h,
-                bounds,
-                lse + offset,
-                delta + offset,
-                dk_tile,
-                dv_tile,
-                scale_log2,
-                len_q,
-                D,
-                DV,
-                BLOCK_M,
-                PRECISION,
-                PORTABLE,
-                True,
-            )
-
-        for t in range(full):
-            row_block = full_block(t, lists, full_at)
-            count_visit(visits, row_block, col_block, row_blocks, col_blocks, bh, False)
-            dk_tile, dv_tile = dkv_step(
-                k_tile,
-                v_tile,
-                cols,
-                q_head,
-                do_head,
-                row_block * BLOCK_M,
-                mask,
-                b,
-                h,
-                bounds,
-                lse + offset,
-                delta + offset,
-                dk_tile,
-                dv_tile,
-                scale_log2,
-                len_q,
-                D,
-                DV,
-                BLOCK_M,
-                PRECISION,
-                PORTABLE,
-                False,
-            )
+        # two loops, partial tiles first: the one over full tiles has no mask code at all
+        for kind in tl.static_range(2):
+            for t in range(partial if kind == 0 else full):
+                row_block = visited_block(t, lists, partial_at, full, full_at, kind == 0)
+                count_visit(visits, row_block, col_block, row_blocks, col_blocks, bh, kind == 0)
+                dk_tile, dv_tile = dkv_step(
+                    k_tile,
+                    v_tile,
+                    cols,
+                    q_head,
+                    do_head,
+                    row_block * BLOCK_M,
+                    mask,
+                    b,
+                    h,
+                    bounds,
+                    lse + offset,
+                    delta + offset,
+                    dk_tile,
+                    dv_tile,
+                    scale_log2,
+                    len_q,
+                    D,
+                    DV,
+                    BLOCK_M,
+                    PRECISION,
+                    PORTABLE,
+                    kind == 0,
+                )
 
     in_tensor = cols < len_k
     store_tile(head_of(dk, b, kv_head), first_col, dk_tile * scale, in_tensor, D)

@@ -16,12 +16,11 @@ from .masks import (
     MaskArgs,
     columns_to_visit,
     count_visit,
-    full_block,
     live_columns,
     load_bounds,
     masked,
-    partial_block,
     row_intervals,
+    visited_block,
 )
 from .pack import list_args
 from .softmax import LOG2_E, softmax_end, softmax_step
@@ -129,51 +128,30 @@ def forward_kernel(
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
-    for t in range(partial):
-        col_block = partial_block(t, lists, partial_at, full, full_at)
-        count_visit(visits, row_block, col_block, row_blocks, col_blocks, bh, True)
-        acc, m, l = forward_step(
-            q_tile,
-            k_head,
-            v_head,
-            col_block * BLOCK_N,
-            lo,
-            hi,
-            bounds,
-            acc,
-            m,
-            l,
-            scale_log2,
-            D,
-            DV,
-            BLOCK_N,
-            PRECISION,
-            PORTABLE,
-            True,
-        )
-
-    for t in range(full):
-        col_block = full_block(t, lists, full_at)
-        count_visit(visits, row_block, col_block, row_blocks, col_blocks, bh, False)
-        acc, m, l = forward_step(
-            q_tile,
-            k_head,
-            v_head,
-            col_block * BLOCK_N,
-            lo,
-            hi,
-            bounds,
-            acc,
-            m,
-            l,
-            scale_log2,
-            D,
-            DV,
-            BLOCK_N,
-            PRECISION,
-            PORTABLE,
-            False,
-        )
+    # two loops, partial tiles first: the one over full tiles has no mask code at all
+    for kind in tl.static_range(2):
+        for t in range(partial if kind == 0 else full):
+            col_block = visited_block(t, lists, partial_at, full, full_at, kind == 0)
+            count_visit(visits, row_block, col_block, row_blocks, col_blocks, bh, kind == 0)
+            acc, m, l = forward_step(
+                q_tile,
+                k_head,
+                v_head,
+                col_block * BLOCK_N,
+                lo,
+                hi,
+                bounds,
+                acc,
+                m,
+                l,
+                scale_log2,
+                D,
+                DV,
+                BLOCK_N,
+                PRECISION,
+                PORTABLE,
+                kind == 0,
+            )
 
     # divide by the row sums and store; a row that saw nothing gets 0 and -inf
     inverse, row_lse = softmax_end(m, l, alive)

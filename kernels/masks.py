@@ -290,7 +290,7 @@ def columns_to_visit(
     BLOCK_N: tl.constexpr,
 ):
     """(partial, full, partial_at, full_at) of a row block: how many blocks of each class to visit,
-    and what partial_block and full_block need to find them: block numbers, or pointers into lists.
+    and what visited_block needs to find them: block numbers, or pointers into lists.
     """
     if lists.counts is not None:
         return listed(lists, mask_head(mask, b, h) * row_blocks + row_block, col_blocks)
@@ -334,22 +334,16 @@ def counted(ranges):
 
 
 @triton.jit
-def partial_block(t, lists, partial_at, full, full_at):
-    """The t-th partial block to visit."""
+def visited_block(t, lists, partial_at, full, full_at, PARTIAL: tl.constexpr):
+    """The t-th block of a class to visit."""
     if lists.counts is not None:
-        return tl.load(partial_at + t)
-    else:  # partial blocks stand on both sides of the full ones
+        block = tl.load((partial_at if PARTIAL else full_at) + t)
+    elif PARTIAL:  # partial blocks stand on both sides of the full ones
         block = partial_at + t
-        return tl.where(block < full_at, block, block + full)
-
-
-@triton.jit
-def full_block(t, lists, full_at):
-    """The t-th full block to visit."""
-    if lists.counts is not None:
-        return tl.load(full_at + t)
+        block = tl.where(block < full_at, block, block + full)
     else:
-        return full_at + t
+        block = full_at + t
+    return block
 
 
 @triton.jit
