@@ -360,7 +360,7 @@ def test_rows_of_minus_inf_are_zero(dtype):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_padded_keys_are_never_read(value):
-    """NaN in masked values leaks out of torch, since 0 * NaN is NaN (issue 101967)."""
+    """NaN in masked values leaks out of torch, since 0 * NaN is NaN (pytorch#101967)."""
     q, k, v = given((2, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 6))
     lengths = torch.tensor([7, 3])
     keep = torch.arange(7) < lengths[:, None]
@@ -377,7 +377,7 @@ def test_padded_keys_are_never_read(value):
 
 
 def test_gradient_of_the_mask_alone():
-    """An illegal memory access on CUDA for years (issue 148476)."""
+    """An illegal memory access on CUDA for years (pytorch#148476)."""
     q, k, v = (t.detach() for t in given((2, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 6)))
     mask = torch.randn(1, 4, 5, 7, dtype=torch.float64, requires_grad=True)
     out, truth = sdpa(q, k, v, mask), torch_math(q, k, v, attn_mask=mask)
@@ -393,7 +393,7 @@ def test_unaligned_lengths(Lq, Lk):
 
 
 def test_masks_as_multihead_attention_makes_them():
-    """(B, H, 1, S) from a key padding mask, (B, H, L, S) merged with -inf; issue 41508's rows."""
+    """(B, H, 1, S) from a key padding mask, (B, H, L, S) merged with -inf; the rows of pytorch#41508."""
     tensors = given((2, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 8))
     padded = torch.arange(7) >= torch.tensor([7, 3])[:, None]  # True = padded
     merged = torch.zeros(2, 7, dtype=torch.float64).masked_fill(padded, -torch.inf)
@@ -407,7 +407,7 @@ def test_masks_as_multihead_attention_makes_them():
 
 @pytest.mark.parametrize("length", [64, 192, 320])
 def test_small_sums_far_below(length):
-    """S % 128 == 64 with lse < -88 gave NaN gradients in cuDNN (issue 196678)."""
+    """S % 128 == 64 with lse < -88 gave NaN gradients in cuDNN (pytorch#196678)."""
     q, k, v = given((1, 2, 5, 8), (1, 2, length, 8), (1, 2, length, 8), dtype=torch.float32)
     mask = bits(5, length)
     q, k = (3 + q).detach().requires_grad_(), (-9 - k.abs()).detach().requires_grad_()
@@ -424,7 +424,7 @@ def test_small_sums_far_below(length):
 
 @pytest.mark.parametrize("length", [33, 65])
 def test_broadcast_keys_and_values(length):
-    """Sk % 32 == 1 with stride-0 key and value gave wrong outputs (issue 191937)."""
+    """Sk % 32 == 1 with stride-0 key and value gave wrong outputs (pytorch#191937)."""
     q, k, v = given((2, 3, 8, 16), (1, 3, length, 16), (1, 3, length, 16), dtype=torch.bfloat16)
     mask = bits(2, 1, 8, length)
     k, v = (t.detach().expand(2, -1, -1, -1) for t in (k, v))
