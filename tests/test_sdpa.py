@@ -393,7 +393,7 @@ def test_unaligned_lengths(Lq, Lk):
 
 
 def test_masks_as_multihead_attention_makes_them():
-    """(B, H, 1, S) from a key padding mask, (B, H, L, S) merged with -inf; the rows of pytorch#41508."""
+    """(B, H, 1, S) from a key padding mask, (B, H, L, S) merged with -inf (pytorch#41508)."""
     tensors = given((2, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 8))
     padded = torch.arange(7) >= torch.tensor([7, 3])[:, None]  # True = padded
     merged = torch.zeros(2, 7, dtype=torch.float64).masked_fill(padded, -torch.inf)
