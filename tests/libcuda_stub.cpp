@@ -26,6 +26,7 @@ int cuDeviceGet(int* device, int) { return *device = 0, 0; }
 int cuDeviceGetAttribute(int* value, int, int) { return *value = 232448, 0; }
 int cuDevicePrimaryCtxRetain(void** context, int) { return *context = handle, 0; }
 int cuDevicePrimaryCtxRelease_v2(int) { return 0; }
+int cuCtxGetDevice(int* device) { return *device = 0, 0; }
 int cuCtxGetCurrent(void** context) { return *context = handle, 0; }
 int cuCtxSetCurrent(void*) { return 0; }
 int cuCtxPushCurrent_v2(void*) { return 0; }
@@ -38,7 +39,11 @@ int cuFuncGetAttribute(int* value, int kind, void*) { return *value = kind == 0 
 int cuFuncSetAttribute(void*, int, int) { return 0; }
 int cuFuncSetCacheConfig(void*, int) { return 0; }
 int cuOccupancyMaxActiveClusters(int* count, void*, const void*) { return *count = 1, 0; }
+int cuModuleUnload(void*) { return 0; }
+int cuStreamIsCapturing(void*, int* status) { return *status = 0, 0; }
+int cuTensorMapEncodeIm2col() { return 0; }
 int cuTensorMapEncodeTiled() { return 0; }
+int cuPointerGetAttributes() { return 1; }
 int cuPointerGetAttribute(void* out, int, uint64_t pointer) {
   return *static_cast<uint64_t*>(out) = pointer, 0;
 }
