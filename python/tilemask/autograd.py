@@ -130,23 +130,24 @@ def op_lower(lo, hi, len_k, block_m, block_n, transposed):
 def op_forward(q, k, v, options, mask, bounds, numbers, backend):
     call = unpacked(q, k, v, options, mask, bounds, numbers, "forward")
     out, lse = backends.named(backend).forward(call)
-    return laid_out(out, q, v.shape[3]), lse
+    return laid_out(out, q), lse
 
 
 def op_backward(dout, dlse, out, lse, q, k, v, options, mask, bounds, numbers, backend):
     call = unpacked(q, k, v, options, mask, bounds, numbers, "backward")
     grads = backends.named(backend).backward(call, out, lse, dout, dlse)
     return (
-        *(laid_out(g, t, t.shape[3]) for g, t in ((grads.q, q), (grads.k, k), (grads.v, v))),
+        *(laid_out(g, t) for g, t in ((grads.q, q), (grads.k, k), (grads.v, v))),
         q.new_empty(0) if grads.bias is None else grads.bias.contiguous(),
         q.new_empty(0) if grads.sinks is None else grads.sinks,
     )
 
 
-def laid_out(tensor: Tensor, like: Tensor, width: int) -> Tensor:
-    """``tensor`` with the strides that the fake implementation promises."""
-    promised = backends.empty_like_query(like, width)
-    return tensor if tensor.stride() == promised.stride() else promised.copy_(tensor)
+def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """``tensor`` in the memory order that the fake promises, as a kernel's result already is."""
+    if backends.heads_inside_rows(like):
+        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+    return tensor.contiguous()
 
 
 for op, implementation in (("lower", op_lower), ("forward", op_forward), ("backward", op_backward)):

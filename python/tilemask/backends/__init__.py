@@ -115,11 +115,16 @@ def available_backends() -> list[str]:
     return [backend.NAME for backend in BACKENDS if backend.unavailable() is None]
 
 
+def heads_inside_rows(q: Tensor) -> bool:
+    """Whether q [B, H, L, D] lies in memory as [B, L, H, D]."""
+    return bool(q.shape[1] > 1 and q.shape[2] > 1 and q.stride(1) < q.stride(2))
+
+
 def empty_like_query(q: Tensor, width: int) -> Tensor:
     """Uninitialised [B, H, L, width] with q's order of heads and rows in memory, so that the output
     of a [B, L, H, D] model can be merged back without a copy."""
     batch, heads, length, _ = q.shape
-    if heads > 1 and length > 1 and q.stride(1) < q.stride(2):
+    if heads_inside_rows(q):
         return q.new_empty((batch, length, heads, width)).transpose(1, 2)
     return q.new_empty((batch, heads, length, width))
 
