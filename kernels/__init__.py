@@ -4,10 +4,12 @@ Modules, each using only those before it:
     tuning       one table of tile shapes
     tiles        tensors as kernel arguments, and loading and storing a tile of rows
     masks        which columns a row sees, which tiles a loop visits, and the select itself
-    pack         the lists of tiles that explicit masks leave
+    pack         packed bits, and the lists of tiles that masks leave
+    scores       softcap, bias, ALiBi and dropout inside a tile
     softmax      the online softmax step
     forward      attention forward
     backward     attention backward
+    sums         sums over pairs: attention weights, the gradient of a bias
     interpreter  bfloat16 for Triton's CPU interpreter
 """
 

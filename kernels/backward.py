@@ -16,7 +16,6 @@ import triton.language as tl
 
 from .masks import (
     MaskArgs,
-    column_intervals,
     columns_to_visit,
     count_visit,
     live_columns,
@@ -26,20 +25,16 @@ from .masks import (
     masked_transposed,
     row_intervals,
     rows_to_visit,
+    tile_words,
+    tile_words_transposed,
     visited_block,
+    words_of,
 )
 from .pack import list_args
-from .softmax import LOG2_E
+from .scores import LOG2_E, ScoreArgs, bias_of, is_natural, kept, scored
+from .softmax import load_lse, weights
 from .tiles import head_of, load_tile, store_tile, tensor_arg
 from .tuning import TileConfig, padded
-
-
-@triton.jit
-def load_lse(lse, rows, len_q):
-    """A head's lse of rows [M] in log2 units; +inf for rows that see nothing, which makes their p
-    0."""
-    value = tl.load(lse + rows, mask=rows < len_q, other=float("-inf"))
-    return tl.where(value == float("-inf"), float("inf"), value * LOG2_E)
 
 
 @triton.jit
@@ -48,39 +43,65 @@ def dq_step(
     do,  # [M, BLOCK_DV]
     k,  # heads: (pointer to [Lk, D], row stride)
     v,
+    b,
+    h,
+    bh,
+    first_row,
     first_col,
     lo,  # [M] the rows' intervals
     hi,
+    mask,
+    words,
     bounds,
-    lse2,  # [M] in log2 units
+    score,
+    bias,
+    lse,  # [M] as load_lse gives them
+    rest,
     delta,  # [M]
     dq,  # [M, BLOCK_D]
-    scale_log2,
+    scale,
+    len_q,
+    len_k,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    NATURAL: tl.constexpr,
+    EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
     PORTABLE: tl.constexpr,
     PARTIAL: tl.constexpr,
 ):
+    BLOCK_M: tl.constexpr = q.shape[0]
     BLOCK_D: tl.constexpr = q.shape[1]
     BLOCK_DV: tl.constexpr = do.shape[1]
+    cols = first_col + tl.arange(0, BLOCK_N)
     inside = None
     if PARTIAL:
-        cols = first_col + tl.arange(0, BLOCK_N)
-        inside = live_columns(cols, bounds)  # [N]
+        inside = live_columns(cols, mask, b, bounds)  # [N]
 
     # p = exp(scores - lse), masked
     k_tile = load_tile(k, first_col, inside, BLOCK_N, D, BLOCK_D)  # [N, D]
     scores = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)  # [M, N]
-    p = tl.exp2(scores * scale_log2 - lse2[:, None])
+    bent = scores
+    if NATURAL:
+        rows = (first_row + tl.arange(0, BLOCK_M))[:, None]
+        scores, bent = scored(
+            scores, score, bias, b, h, rows, cols[None, :], scale, len_q, len_k, PARTIAL
+        )
+    p = weights(scores, lse[:, None], rest[:, None], scale * LOG2_E, NATURAL, EXACT)
     if PARTIAL:
-        p = masked(p, lo, hi, first_col, 0.0, PORTABLE)
+        word = tile_words(mask, words, b, lo, hi, first_row, first_col, len_q, BLOCK_M, BLOCK_N)
+        p = masked(p, word, 0.0, PORTABLE)
 
     # ds = p * (do @ v.T - delta)
     v_tile = load_tile(v, first_col, inside, BLOCK_N, DV, BLOCK_DV)  # [N, DV]
     dp = tl.dot(do, tl.trans(v_tile), input_precision=PRECISION)  # [M, N]
+    if score.seed is not None:
+        keep = kept(score, bh, first_row, first_col, BLOCK_M, BLOCK_N)
+        dp = tl.where(keep, dp * score.factor, 0.0)
     ds = p * (dp - delta[:, None])
+    if score.softcap is not None:
+        ds *= 1 - bent * bent
 
     # dq += ds @ k
     return tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
@@ -97,10 +118,12 @@ def dq_kernel(
     do,  # TensorArg [B, Hq, Lq, DV]
     dq,  # TensorArg [B, Hq, Lq, D]
     lse,  # [B, Hq, Lq]
+    rest,  # [B, Hq, Lq] or None
     dlse,  # [B, Hq, Lq] or None
     delta,  # [B, Hq, Lq], written
     mask,  # MaskArgs
     lists,  # ListArgs, by row block
+    score,  # ScoreArgs
     visits,  # [B * Hq, row blocks, column blocks, 2] or None
     start,  # the six bounds, where mask.bounds is None
     end,
@@ -109,7 +132,6 @@ def dq_kernel(
     q_start,
     q_end,
     scale,
-    scale_log2,
     heads,
     group,
     len_q,
@@ -120,6 +142,7 @@ def dq_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    NATURAL: tl.constexpr,
     PRECISION: tl.constexpr,
     PORTABLE: tl.constexpr,
 ):
@@ -143,12 +166,15 @@ def dq_kernel(
     out_tile = load_tile(head_of(out, b, h), first_row, alive, BLOCK_M, DV, BLOCK_DV)
     row_delta = tl.sum(out_tile.to(tl.float32) * do_tile.to(tl.float32), 1)  # [M]
     if dlse is not None:
-        row_delta -= tl.load(dlse + offset + rows, mask=alive, other=0.0)
+        row_delta -= tl.load(dlse + offset + rows, mask=rows < len_q, other=0.0)
     tl.store(delta + offset + rows, row_delta, mask=rows < len_q)
-    lse2 = load_lse(lse + offset, rows, len_q)
+    row_lse, row_rest = load_lse(
+        lse + offset, None if rest is None else rest + offset, rows, len_q, NATURAL
+    )
+    words, bias = words_of(mask, b, h), bias_of(score, b, h)
 
     partial, full, partial_at, full_at = columns_to_visit(
-        row_block, row_blocks, col_blocks, mask, lists, b, h, bounds, BLOCK_M, BLOCK_N
+        row_block, row_blocks, col_blocks, lists, b, h, bounds, BLOCK_M, BLOCK_N
     )
 
     dq_tile = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -163,17 +189,30 @@ def dq_kernel(
                 do_tile,
                 k_head,
                 v_head,
+                b,
+                h,
+                bh,
+                first_row,
                 col_block * BLOCK_N,
                 lo,
                 hi,
+                mask,
+                words,
                 bounds,
-                lse2,
+                score,
+                bias,
+                row_lse,
+                row_rest,
                 row_delta,
                 dq_tile,
-                scale_log2,
+                scale,
+                len_q,
+                len_k,
                 D,
                 DV,
                 BLOCK_N,
+                NATURAL,
+                rest is not None,
                 PRECISION,
                 PORTABLE,
                 kind == 0,
@@ -191,50 +230,75 @@ def dkv_step(
     cols,  # [N]
     q,  # heads: (pointer to [Lq, D], row stride)
     do,
-    first_row,
-    mask,
     b,
     h,
+    bh,
+    first_row,
+    first_col,
+    mask,
+    words,
     bounds,
+    score,
+    bias,
     lse,  # pointers to the head's [Lq]
+    rest,
     delta,
     dk,  # [N, BLOCK_D]
     dv,  # [N, BLOCK_DV]
-    scale_log2,
+    scale,
     len_q,
+    len_k,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    NATURAL: tl.constexpr,
     PRECISION: tl.constexpr,
     PORTABLE: tl.constexpr,
     PARTIAL: tl.constexpr,
 ):
+    BLOCK_N: tl.constexpr = k.shape[0]
     BLOCK_D: tl.constexpr = k.shape[1]
     BLOCK_DV: tl.constexpr = v.shape[1]
     rows = first_row + tl.arange(0, BLOCK_M)
     inside = live_rows(rows, bounds)  # [M]
     q_tile = load_tile(q, first_row, inside, BLOCK_M, D, BLOCK_D)  # [M, D]
-    lse2 = load_lse(lse, rows, len_q)  # [M]
+    row_lse, row_rest = load_lse(lse, rest, rows, len_q, NATURAL)  # [M]
 
     # p = exp(scores - lse), masked, transposed
     scores = tl.dot(k, tl.trans(q_tile), input_precision=PRECISION)  # [N, M]
-    p = tl.exp2(scores * scale_log2 - lse2[None, :])
+    bent = scores
+    if NATURAL:
+        scores, bent = scored(
+            scores, score, bias, b, h, rows[None, :], cols[:, None], scale, len_q, len_k, PARTIAL
+        )
+    EXACT: tl.constexpr = rest is not None
+    p = weights(scores, row_lse[None, :], row_rest[None, :], scale * LOG2_E, NATURAL, EXACT)
     if PARTIAL:
         if mask.lo is not None:
             lo, hi = row_intervals(rows, mask, b, h, bounds, len_q)  # [M]
             p = masked_transposed(p, lo, hi, cols, PORTABLE)
-        else:
-            first, last = column_intervals(cols, bounds)  # [N]
-            p = masked(p, first, last, first_row, 0.0, PORTABLE)
+        if mask.lo is None or mask.words is not None:
+            word = tile_words_transposed(
+                mask, words, cols, first_row, first_col, len_k, bounds, BLOCK_M, BLOCK_N
+            )
+            p = masked(p, word, 0.0, PORTABLE)
 
     # dv += p.T @ do
     do_tile = load_tile(do, first_row, inside, BLOCK_M, DV, BLOCK_DV)  # [M, DV]
-    dv = tl.dot(p.to(do_tile.dtype), do_tile, dv, input_precision=PRECISION)
+    dropped = p
+    if score.seed is not None:
+        keep = tl.trans(kept(score, bh, first_row, first_col, BLOCK_M, BLOCK_N).to(tl.int8)) != 0
+        dropped = tl.where(keep, p * score.factor, 0.0)
+    dv = tl.dot(dropped.to(do_tile.dtype), do_tile, dv, input_precision=PRECISION)
 
     # ds = p * (do @ v.T - delta), transposed
     row_delta = tl.load(delta + rows, mask=rows < len_q, other=0.0)  # [M]
     dp = tl.dot(v, tl.trans(do_tile), input_precision=PRECISION)  # [N, M]
+    if score.seed is not None:
+        dp = tl.where(keep, dp * score.factor, 0.0)
     ds = p * (dp - row_delta[None, :])
+    if score.softcap is not None:
+        ds *= 1 - bent * bent
 
     # dk += ds.T @ q
     dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
@@ -252,9 +316,11 @@ def dkv_kernel(
     dk,  # TensorArg [B, Hkv, Lk, D]
     dv,  # TensorArg [B, Hkv, Lk, DV]
     lse,  # [B, Hq, Lq]
+    rest,  # [B, Hq, Lq] or None
     delta,  # [B, Hq, Lq]
-    mask,  # MaskArgs
+    mask,  # MaskArgs, with transposed words
     lists,  # ListArgs, by column block
+    score,  # ScoreArgs
     visits,  # [B * Hq, row blocks, column blocks, 2] or None
     start,  # the six bounds, where mask.bounds is None
     end,
@@ -263,7 +329,6 @@ def dkv_kernel(
     q_start,
     q_end,
     scale,
-    scale_log2,
     kv_heads,
     group,
     len_q,
@@ -274,6 +339,7 @@ def dkv_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    NATURAL: tl.constexpr,
     PRECISION: tl.constexpr,
     PORTABLE: tl.constexpr,
 ):
@@ -288,7 +354,7 @@ def dkv_kernel(
 
     # my columns: k and v, never read where padding excludes them
     bounds = load_bounds(mask, b, start, end, left, right, q_start, q_end, len_q, len_k)
-    inside = live_columns(cols, bounds)  # [N]
+    inside = live_columns(cols, mask, b, bounds)  # [N]
     k_tile = load_tile(head_of(k, b, kv_head), first_col, inside, BLOCK_N, D, BLOCK_D)
     v_tile = load_tile(head_of(v, b, kv_head), first_col, inside, BLOCK_N, DV, BLOCK_DV)
     dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -300,8 +366,10 @@ def dkv_kernel(
         bh = b * kv_heads * group + h
         offset = bh.to(tl.int64) * len_q
 
+        words, bias = words_of(mask, b, h), bias_of(score, b, h)
+
         partial, full, partial_at, full_at = rows_to_visit(
-            col_block, row_blocks, col_blocks, mask, lists, b, h, bounds, BLOCK_M, BLOCK_N
+            col_block, row_blocks, col_blocks, lists, b, h, bounds, BLOCK_M, BLOCK_N
         )
 
         # two loops, partial tiles first: the one over full tiles has no mask code at all
@@ -315,25 +383,36 @@ def dkv_kernel(
                     cols,
                     q_head,
                     do_head,
-                    row_block * BLOCK_M,
-                    mask,
                     b,
                     h,
+                    bh,
+                    row_block * BLOCK_M,
+                    first_col,
+                    mask,
+                    words,
                     bounds,
+                    score,
+                    bias,
                     lse + offset,
+                    None if rest is None else rest + offset,
                     delta + offset,
                     dk_tile,
                     dv_tile,
-                    scale_log2,
+                    scale,
                     len_q,
+                    len_k,
                     D,
                     DV,
                     BLOCK_M,
+                    NATURAL,
                     PRECISION,
                     PORTABLE,
                     kind == 0,
                 )
 
+    if mask.keys is not None:  # the loops do not mask dead keys: their k and v were 0
+        dk_tile = tl.where(inside[:, None], dk_tile, 0.0)
+        dv_tile = tl.where(inside[:, None], dv_tile, 0.0)
     in_tensor = cols < len_k
     store_tile(head_of(dk, b, kv_head), first_col, dk_tile * scale, in_tensor, D)
     store_tile(head_of(dv, b, kv_head), first_col, dv_tile, in_tensor, DV)
@@ -347,11 +426,13 @@ def backward_dq(
     do: torch.Tensor,
     dq: torch.Tensor,
     lse: torch.Tensor,
+    rest: torch.Tensor | None,
     dlse: torch.Tensor | None,
     delta: torch.Tensor,
     bounds: tuple[int, ...],
     mask: MaskArgs,
     lists: tuple[torch.Tensor, torch.Tensor] | None,
+    score: ScoreArgs,
     scale: float,
     precision: str,
     config: TileConfig,
@@ -360,7 +441,8 @@ def backward_dq(
 ) -> None:
     """Fill dq [B, Hq, Lq, D] and delta float32 [B, Hq, Lq]; the other arguments as in forward().
 
-    out, do [B, Hq, Lq, DV]: unit last stride. lse, dlse (or None), delta: float32, contiguous.
+    out, do [B, Hq, Lq, DV]: unit last stride. lse, rest, dlse, delta: float32, contiguous; rest
+    and dlse may be None.
     """
     batch, heads, len_q, width = q.shape
     group, len_k, width_v = heads // max(1, k.shape[1]), k.shape[2], v.shape[3]
@@ -375,14 +457,15 @@ def backward_dq(
         tensor_arg(do),
         tensor_arg(dq),
         lse,
+        rest,
         dlse,
         delta,
         mask,
         list_args(lists),
+        score,
         visits,
         *bounds,
         scale,
-        scale * LOG2_E.value,
         heads,
         group,
         len_q,
@@ -393,6 +476,7 @@ def backward_dq(
         BLOCK_DV=padded(width_v),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
+        NATURAL=is_natural(score),
         PRECISION=precision,
         PORTABLE=portable,
         num_warps=config.num_warps,
@@ -408,10 +492,12 @@ def backward_dkv(
     dk: torch.Tensor,
     dv: torch.Tensor,
     lse: torch.Tensor,
+    rest: torch.Tensor | None,
     delta: torch.Tensor,
     bounds: tuple[int, ...],
     mask: MaskArgs,
     lists: tuple[torch.Tensor, torch.Tensor] | None,
+    score: ScoreArgs,
     scale: float,
     precision: str,
     config: TileConfig,
@@ -420,7 +506,8 @@ def backward_dkv(
 ) -> None:
     """Fill dk [B, Hkv, Lk, D] and dv [B, Hkv, Lk, DV], from the delta that backward_dq wrote.
 
-    lists: the transposed ones, for config's tile, where mask.lo is given.
+    lists: the transposed ones, for config's tile, for all but affine masks. mask.words: the
+    transposed ones.
     """
     batch, heads, len_q, width = q.shape
     kv_heads, len_k, width_v = k.shape[1], k.shape[2], v.shape[3]
@@ -435,13 +522,14 @@ def backward_dkv(
         tensor_arg(dk),
         tensor_arg(dv),
         lse,
+        rest,
         delta,
         mask,
         list_args(lists),
+        score,
         visits,
         *bounds,
         scale,
-        scale * LOG2_E.value,
         kv_heads,
         heads // max(1, kv_heads),
         len_q,
@@ -452,6 +540,7 @@ def backward_dkv(
         BLOCK_DV=padded(width_v),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
+        NATURAL=is_natural(score),
         PRECISION=precision,
         PORTABLE=portable,
         num_warps=config.num_warps,

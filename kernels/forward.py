@@ -1,7 +1,7 @@
 """Forward: out = softmax(scale * q k^T, masked) v and lse, one pass over the visited tiles.
 
     where am I -> load my rows of q -> for every visited column block:
-        scores = q @ k.T, masked -> softmax_step -> acc = acc * rescale + p @ v
+        scores = q @ k.T, biased and masked -> softmax_step -> acc = acc * rescale + p @ v
     -> divide by the row sums -> store
 
 FlashAttention-2 (Dao, arXiv:2307.08691), with the mask inside the loop and two loops: one over
@@ -20,10 +20,13 @@ from .masks import (
     load_bounds,
     masked,
     row_intervals,
+    tile_words,
     visited_block,
+    words_of,
 )
 from .pack import list_args
-from .softmax import LOG2_E, softmax_end, softmax_step
+from .scores import LOG2_E, ScoreArgs, bias_of, is_natural, kept, scored
+from .softmax import softmax_end, softmax_step
 from .tiles import head_of, load_tile, store_tile, tensor_arg
 from .tuning import TileConfig, padded
 
@@ -33,35 +36,55 @@ def forward_step(
     q,  # [M, BLOCK_D]
     k,  # heads: (pointer to [Lk, D], row stride)
     v,
+    b,
+    h,
+    bh,
+    first_row,
     first_col,
     lo,  # [M] the rows' intervals
     hi,
+    mask,
+    words,
     bounds,
+    score,
+    bias,
     acc,  # [M, BLOCK_DV]
     m,  # [M]
     l,  # [M]
-    scale_log2,
+    scale,
+    len_q,
+    len_k,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    NATURAL: tl.constexpr,
     PRECISION: tl.constexpr,
     PORTABLE: tl.constexpr,
     PARTIAL: tl.constexpr,
 ):
+    BLOCK_M: tl.constexpr = q.shape[0]
     BLOCK_D: tl.constexpr = q.shape[1]
     BLOCK_DV: tl.constexpr = acc.shape[1]
+    cols = first_col + tl.arange(0, BLOCK_N)
     inside = None
     if PARTIAL:  # what padding excludes is never read: 0 * NaN would be NaN
-        cols = first_col + tl.arange(0, BLOCK_N)
-        inside = live_columns(cols, bounds)  # [N]
+        inside = live_columns(cols, mask, b, bounds)  # [N]
 
-    # scores = q @ k.T, masked
+    # scores = q @ k.T, biased and masked
     k_tile = load_tile(k, first_col, inside, BLOCK_N, D, BLOCK_D)  # [N, D]
     scores = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)  # [M, N]
+    if NATURAL:
+        rows = (first_row + tl.arange(0, BLOCK_M))[:, None]
+        scores, _ = scored(
+            scores, score, bias, b, h, rows, cols[None, :], scale, len_q, len_k, PARTIAL
+        )
     if PARTIAL:
-        scores = masked(scores, lo, hi, first_col, float("-inf"), PORTABLE)
+        word = tile_words(mask, words, b, lo, hi, first_row, first_col, len_q, BLOCK_M, BLOCK_N)
+        scores = masked(scores, word, float("-inf"), PORTABLE)
 
-    p, rescale, m, l = softmax_step(scores, m, l, scale_log2, PARTIAL)
+    p, rescale, m, l = softmax_step(scores, m, l, scale * LOG2_E, PARTIAL or NATURAL, NATURAL)
+    if score.seed is not None:
+        p = tl.where(kept(score, bh, first_row, first_col, BLOCK_M, BLOCK_N), p, 0.0)
 
     # acc = acc * rescale + p @ v
     v_tile = load_tile(v, first_col, inside, BLOCK_N, DV, BLOCK_DV)  # [N, DV]
@@ -78,8 +101,10 @@ def forward_kernel(
     v,  # TensorArg [B, Hkv, Lk, DV]
     out,  # TensorArg [B, Hq, Lq, DV]
     lse,  # [B, Hq, Lq]
+    rest,  # [B, Hq, Lq] or None: what float32 lse could not hold
     mask,  # MaskArgs
     lists,  # ListArgs, by row block
+    score,  # ScoreArgs
     visits,  # [B * Hq, row blocks, column blocks, 2] or None
     start,  # the six bounds, where mask.bounds is None
     end,
@@ -87,7 +112,7 @@ def forward_kernel(
     right,
     q_start,
     q_end,
-    scale_log2,
+    scale,
     heads,
     group,
     len_q,
@@ -99,6 +124,7 @@ def forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SIGN: tl.constexpr,
+    NATURAL: tl.constexpr,
     PRECISION: tl.constexpr,
     PORTABLE: tl.constexpr,
 ):
@@ -120,8 +146,10 @@ def forward_kernel(
     if SIGN != 1:
         q_tile = (q_tile.to(tl.float32) * SIGN).to(q_tile.dtype)
 
+    words, bias = words_of(mask, b, h), bias_of(score, b, h)
+
     partial, full, partial_at, full_at = columns_to_visit(
-        row_block, row_blocks, col_blocks, mask, lists, b, h, bounds, BLOCK_M, BLOCK_N
+        row_block, row_blocks, col_blocks, lists, b, h, bounds, BLOCK_M, BLOCK_N
     )
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -137,28 +165,44 @@ def forward_kernel(
                 q_tile,
                 k_head,
                 v_head,
+                b,
+                h,
+                bh,
+                first_row,
                 col_block * BLOCK_N,
                 lo,
                 hi,
+                mask,
+                words,
                 bounds,
+                score,
+                bias,
                 acc,
                 m,
                 l,
-                scale_log2,
+                scale,
+                len_q,
+                len_k,
                 D,
                 DV,
                 BLOCK_N,
+                NATURAL,
                 PRECISION,
                 PORTABLE,
                 kind == 0,
             )
 
     # divide by the row sums and store; a row that saw nothing gets 0 and -inf
-    inverse, row_lse = softmax_end(m, l, alive)
-    acc = tl.where(alive[:, None], acc * inverse[:, None], 0.0)
+    factor, row_lse, row_rest = softmax_end(m, l, alive, score, h, NATURAL)
+    if score.seed is not None:
+        factor *= score.factor
+    acc = tl.where(factor[:, None] == 0, 0.0, acc * factor[:, None])
     inside = rows < len_q
+    offset = bh.to(tl.int64) * len_q + rows
     store_tile(head_of(out, b, h), first_row, acc, inside, DV)
-    tl.store(lse + bh.to(tl.int64) * len_q + rows, row_lse, mask=inside)
+    tl.store(lse + offset, row_lse, mask=inside)
+    if rest is not None:
+        tl.store(rest + offset, row_rest, mask=inside)
 
 
 def forward(
@@ -167,26 +211,29 @@ def forward(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
+    rest: torch.Tensor | None,
     bounds: tuple[int, ...],
     mask: MaskArgs,
     lists: tuple[torch.Tensor, torch.Tensor] | None,
+    score: ScoreArgs,
     scale: float,
     precision: str,
     config: TileConfig,
     portable: bool,
     visits: torch.Tensor | None = None,
 ) -> None:
-    """Launch the kernel: fills out [B, Hq, Lq, DV] and lse float32 [B, Hq, Lq], contiguous.
+    """Launch the kernel: fills out [B, Hq, Lq, DV] and lse (and rest) float32 [B, Hq, Lq].
 
     q [B, Hq, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, DV]: unit last stride. bounds: six ints,
-    used where mask.bounds is None. lists: from build_lists for config's tile, where mask.lo is
-    given. visits: int32 zeros [B * Hq, row blocks, column blocks, 2], counted up by tile and class.
+    used where mask.bounds is None. lists: from build_lists for config's tile, for all but affine
+    masks. visits: int32 zeros [B * Hq, row blocks, column blocks, 2], counted up by tile and class.
     """
     batch, heads, len_q, width = q.shape
     group, len_k, width_v = heads // max(1, k.shape[1]), k.shape[2], v.shape[3]
+    natural = is_natural(score)
     # a negative scale moves into q and a zero scale too: the loop may then take the row maximum
     # before scaling
-    sign = (scale > 0) - (scale < 0)
+    sign = 1 if natural else (scale > 0) - (scale < 0)
     grid = (triton.cdiv(len_q, config.block_m) * batch * heads,)
     if grid[0] == 0:
         return
@@ -196,11 +243,13 @@ def forward(
         tensor_arg(v),
         tensor_arg(out),
         lse,
+        rest,
         mask,
         list_args(lists),
+        score,
         visits,
         *bounds,
-        (abs(scale) if sign else 1.0) * LOG2_E.value,
+        scale if natural else abs(scale) if sign else 1.0,
         heads,
         group,
         len_q,
@@ -212,6 +261,7 @@ def forward(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         SIGN=sign,
+        NATURAL=natural,
         PRECISION=precision,
         PORTABLE=portable,
         num_warps=config.num_warps,

@@ -1,19 +1,26 @@
 """The mask in the kernels: which columns a row sees, which tiles to visit, and the select itself.
 
-A row's mask is an interval of columns, ``lo <= j < hi``. Affine masks compute it from six integers
-per batch (start, end, left, right, q_start, q_end: see tilemask.masks.Bounds), explicit masks load
-it. ``visible`` is the definition; the two selects below it apply it to a tile of scores.
+A row sees the columns of an interval, ``lo <= j < hi``, that its bits let through. Affine masks
+compute the interval from six integers per batch (start, end, left, right, q_start, q_end: see
+tilemask.masks.Bounds), explicit masks load it. Bits are packed: one plane for (row, key) pairs, one
+for keys alone (kernels/pack.py). ``visible`` is the definition; the selects below it apply it to a
+tile of scores.
 
 Tiles of BLOCK_M rows x BLOCK_N columns fall into three classes:
 
     columns ->                      .  empty: never visited, its K and V are never loaded
-    # # / . . .                     /  partial: the interval is applied in registers
+    # # / . . .                     /  partial: the mask is applied in registers
     # # # / . .    causal           #  full: every row that sees anything sees all columns;
     # # # # / .                        a loop without mask code
 
 A row that sees nothing counts neither against full nor towards any bound; the kernels zero it at
 the end. Affine masks give the visited blocks of a row block (or of a column block, for dK and dV)
-in closed form; explicit ones read lists that kernels/pack.py built.
+in closed form; all others read lists that kernels/pack.py built.
+
+Words. 32 bits say for one row, or one column, which positions of 128 it meets: bit t + 2a of word l
+(0 <= l < 4) is position 8a + 2l + t. That is the order in which mma.m16n8k16 and wgmma keep
+accumulators, so a thread needs one word per row, and of it only bits that are constants to it. A
+tile of fewer than 128 columns uses part of each word.
 """
 
 from typing import NamedTuple
@@ -22,31 +29,77 @@ import torch
 import triton
 import triton.language as tl
 
+WORD_COLUMNS: tl.constexpr = tl.constexpr(128)  # positions that four words hold
+
 
 class MaskArgs(NamedTuple):
-    """What a kernel is given of a mask, as one argument. Pointers that do not apply are None."""
+    """What a kernel is given of a mask, as one argument. What does not apply is None.
 
-    bounds: torch.Tensor | None  # int32 [B, 6], bounds that differ by batch
-    lo: torch.Tensor | None  # int32 [B|1, H|1, Lq], with hi: explicit intervals
-    hi: torch.Tensor | None
-    batch_step: int  # heads of lo and hi from one batch to the next, 0 where they repeat
-    head_step: int  # 1, or 0 where they repeat over heads
+    Steps are in elements, 0 where a dimension repeats; those of lo, hi and live count rows of
+    length Lq. ``split`` is B2 where B = B1 * B2 are two batch dimensions.
+    """
+
+    bounds: torch.Tensor | None = None  # int32 [B, 6], bounds that differ by batch
+    lo: torch.Tensor | None = None  # int32 [B|1, H|1, Lq], with hi: explicit intervals
+    hi: torch.Tensor | None = None
+    lo_batch: int | None = None
+    lo_head: int | None = None
+    live: torch.Tensor | None = (
+        None  # int32 [B|1, H|1, Lq], 1 for rows that see anything: with bits
+    )
+    live_batch: int | None = None
+    live_head: int | None = None
+    words: torch.Tensor | None = None  # int32 [B1|1, B2|1, H|1, groups, L|1, 4]: bits per pair
+    words_outer: int | None = None
+    words_inner: int | None = None
+    words_split: int | None = None
+    words_head: int | None = None
+    words_group: int | None = None
+    words_line: int | None = None
+    keys: torch.Tensor | None = None  # int32 [B|1, groups, 4]: key bits
+    keys_batch: int | None = None
+
+
+def mask_args(parts: list, batch: int, transposed: bool = False) -> MaskArgs:
+    """MaskArgs from its tensors: batch_bounds, lo, hi, live, words, keys (any may be None).
+
+    batch: B. transposed: words are the ones that transpose_words made.
+    """
+    batch_bounds, lo, hi, live, words, keys = parts
+    steps: dict = {}
+    if lo is not None:
+        steps["lo_batch"], steps["lo_head"] = head_steps(lo)
+    if live is not None:
+        steps["live_batch"], steps["live_head"] = head_steps(live)
+    if words is not None:
+        outer, inner, heads, groups, lines, _ = words.shape
+        matrix = groups * lines * 4
+        steps |= {
+            "words_outer": inner * heads * matrix if outer > 1 else 0,
+            "words_inner": heads * matrix if inner > 1 else 0,
+            "words_split": inner if inner > 1 else batch // outer if outer > 1 else 1,
+            "words_head": matrix if heads > 1 else 0,
+            "words_group": 0 if transposed and groups == 1 else lines * 4,
+            "words_line": 0 if not transposed and lines == 1 else 4,
+        }
+    if keys is not None:
+        steps["keys_batch"] = keys.stride(0) if keys.shape[0] > 1 else 0
+    return MaskArgs(batch_bounds, lo, hi, live=live, words=words, keys=keys, **steps)
+
+
+def head_steps(tensor: torch.Tensor) -> tuple[int, int]:
+    """Heads of [B|1, H|1, L] from one batch, and one head, to the next; 0 where they repeat."""
+    batch, heads = tensor.shape[:2]
+    return heads if batch > 1 else 0, 1 if heads > 1 else 0
 
 
 class ListArgs(NamedTuple):
-    """Lists of visited blocks (kernels/pack.py), as one argument; all None for affine masks.
+    """Lists of visited blocks (kernels/pack.py), as one argument; all None for affine masks."""
 
-    Batches and heads as in lo and hi. ``most`` is the number of blocks across.
-    """
-
-    counts: torch.Tensor | None  # int32 [B|1, H|1, blocks, 2]: how many partial, how many full
-    blocks: torch.Tensor | None  # int32 [B|1, H|1, blocks, 2, most]
-
-
-@triton.jit
-def mask_head(mask, b, h):
-    """Which of the mask's heads belongs to batch b and head h. 64 bits wide."""
-    return b.to(tl.int64) * mask.batch_step + h * mask.head_step
+    counts: torch.Tensor | None = None  # int32 [B|1, H|1, blocks, 2]: how many partial and full
+    blocks: torch.Tensor | None = None  # int32 [B|1, H|1, blocks, 2, blocks across]
+    batch: int | None = None  # heads from one batch to the next, 0 where they repeat
+    head: int | None = None
 
 
 @triton.jit
@@ -66,18 +119,20 @@ def load_bounds(mask, b, start, end, left, right, q_start, q_end, len_q, len_k):
 def row_intervals(rows, mask, b, h, bounds, len_q):
     """(lo, hi) of rows [M]; both 0 for a row that sees nothing."""
     start, end, left, right, q_start, q_end = bounds
+    inside = rows < len_q
     if mask.lo is not None:
-        offset = mask_head(mask, b, h) * len_q
-        inside = rows < len_q
+        offset = (b.to(tl.int64) * mask.lo_batch + h * mask.lo_head) * len_q
         lo = tl.load(mask.lo + offset + rows, mask=inside, other=0)  # [M]
         hi = tl.load(mask.hi + offset + rows, mask=inside, other=0)
+        alive = lo < hi
     else:
         lo = tl.maximum(rows + left, start)
         hi = tl.minimum(rows + right, end)
         alive = (rows >= q_start) & (rows < q_end) & (lo < hi)
-        lo = tl.where(alive, lo, 0)
-        hi = tl.where(alive, hi, 0)
-    return lo, hi
+    if mask.live is not None:
+        offset = (b.to(tl.int64) * mask.live_batch + h * mask.live_head) * len_q
+        alive = alive & (tl.load(mask.live + offset + rows, mask=inside, other=0) != 0)
+    return tl.where(alive, lo, 0), tl.where(alive, hi, 0)
 
 
 @triton.jit
@@ -91,10 +146,15 @@ def column_intervals(cols, bounds):
 
 
 @triton.jit
-def live_columns(cols, bounds):
+def live_columns(cols, mask, b, bounds):
     """Which cols [N] padding leaves in; the others are never read."""
     start, end, _, _, _, _ = bounds
-    return (cols >= start) & (cols < end)
+    alive = (cols >= start) & (cols < end)
+    if mask.keys is not None:
+        head = mask.keys + b.to(tl.int64) * mask.keys_batch
+        word = tl.load(head + cols // 128 * 4 + cols % 8 // 2, mask=alive, other=0)
+        alive = alive & ((word >> (cols % 128 // 8 * 2 + cols % 2)) & 1 != 0)
+    return alive
 
 
 @triton.jit
@@ -108,10 +168,10 @@ def live_rows(rows, bounds):
 
 
 @triton.jit
-def visible(lo, hi, cols):
-    """The definition: a row with the interval [lo, hi) sees column cols. The rest derives from
-    it."""
-    return (lo <= cols) & (cols < hi)
+def visible(lo, hi, bits, cols):
+    """The definition: a row with the interval [lo, hi) and ``bits`` for its columns sees column
+    cols. The rest derives from it."""
+    return (lo <= cols) & (cols < hi) & bits
 
 
 @triton.jit
@@ -129,16 +189,98 @@ def low_bits(count):
 
 
 @triton.jit
-def interval_words(lo, hi, first_col, BLOCK_N: tl.constexpr):
-    """``visible`` of a tile, packed: int32 [M, 1, 4, 1] from lo, hi [M].
+def interval_bits(lo, hi, lane, BLOCK: tl.constexpr):
+    """The words of intervals of a tile's BLOCK columns, elementwise; lo, hi count from its
+    first."""
+    lo = tl.minimum(tl.maximum(lo, 0), BLOCK)
+    hi = tl.minimum(tl.maximum(hi, 0), BLOCK)
+    return low_bits(bits_below(hi, lane)) & ~low_bits(bits_below(lo, lane))
 
-    Bit t + 2a of word l is column 8a + 2l + t, the order in which mma.m16n8k16 and wgmma keep
-    accumulators: a thread needs one word per row, and only bits that are constants to it.
+
+@triton.jit
+def words_of(mask, b, h):
+    """Where the words of batch b and head h start; None if the mask has none."""
+    if mask.words is not None:
+        outer, inner = b // mask.words_split, b % mask.words_split
+        start = outer.to(tl.int64) * mask.words_outer + inner.to(tl.int64) * mask.words_inner
+        return mask.words + start + h.to(tl.int64) * mask.words_head
+    else:
+        return None
+
+
+@triton.jit
+def line_words(mask, words, first_line, lines, first, BLOCK: tl.constexpr, LINES: tl.constexpr):
+    """Packed bits of LINES rows from first_line against BLOCK columns from ``first``: int32
+    [LINES, 1, 4, 1]; rows and columns exchanged where the words are the transposed ones.
     """
     lane = tl.arange(0, 4)[None, None, :, None]
-    lo = tl.minimum(tl.maximum(lo - first_col, 0), BLOCK_N)[:, None, None, None]
-    hi = tl.minimum(tl.maximum(hi - first_col, 0), BLOCK_N)[:, None, None, None]
-    return low_bits(bits_below(hi, lane)) & ~low_bits(bits_below(lo, lane))  # [M, 1, 4, 1]
+    line = tl.arange(0, LINES)[:, None, None, None]
+    start = words + (first // 128).to(tl.int64) * mask.words_group
+    start += first_line.to(tl.int64) * mask.words_line
+    word = tl.load(start + line * mask.words_line + lane, mask=line < lines - first_line, other=0)
+    return word >> (first % 128 // 4) if BLOCK < 128 else word
+
+
+@triton.jit
+def key_words(mask, b, first_col, BLOCK_N: tl.constexpr):
+    """Packed key bits of BLOCK_N columns: int32 [1, 1, 4, 1]."""
+    lane = tl.arange(0, 4)[None, None, :, None]
+    word = tl.load(mask.keys + b.to(tl.int64) * mask.keys_batch + first_col // 128 * 4 + lane)
+    return word >> (first_col % 128 // 4) if BLOCK_N < 128 else word
+
+
+@triton.jit
+def tile_words(
+    mask,
+    words,
+    b,
+    lo,
+    hi,
+    first_row,
+    first_col,
+    len_q,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """``visible`` of a tile, packed: int32 [M, 1, 4, 1]. lo, hi [M]: its rows' intervals; words:
+    words_of its head."""
+    lane = tl.arange(0, 4)[None, None, :, None]
+    lo = (lo - first_col)[:, None, None, None]
+    hi = (hi - first_col)[:, None, None, None]
+    word = interval_bits(lo, hi, lane, BLOCK_N)
+    if mask.words is not None:
+        word &= line_words(mask, words, first_row, len_q, first_col, BLOCK_N, BLOCK_M)
+    if mask.keys is not None:
+        word &= key_words(mask, b, first_col, BLOCK_N)
+    return word
+
+
+@triton.jit
+def tile_words_transposed(
+    mask,
+    words,
+    cols,
+    first_row,
+    first_col,
+    len_k,
+    bounds,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """``visible`` of a tile by column, packed: int32 [N, 1, 4, 1], less the key bits (dK and dV of
+    a dead key are zeroed at the end) and explicit intervals (masked_transposed).
+    """
+    lane = tl.arange(0, 4)[None, None, :, None]
+    if mask.lo is not None:
+        word = line_words(mask, words, first_col, len_k, first_row, BLOCK_M, BLOCK_N)
+    else:
+        first, last = column_intervals(cols, bounds)  # [N]
+        first = (first - first_row)[:, None, None, None]
+        last = (last - first_row)[:, None, None, None]
+        word = interval_bits(first, last, lane, BLOCK_M)
+        if mask.words is not None:
+            word &= line_words(mask, words, first_col, len_k, first_row, BLOCK_M, BLOCK_N)
+    return word
 
 
 @triton.jit
@@ -171,16 +313,14 @@ def select_bits(word, bit, value, otherwise: tl.constexpr):
 
 
 @triton.jit
-def masked(tile, lo, hi, first_col, otherwise: tl.constexpr, PORTABLE: tl.constexpr):
-    """tile [M, N] where visible, else ``otherwise``. lo, hi [M] are its rows' intervals.
+def masked(tile, word, otherwise: tl.constexpr, PORTABLE: tl.constexpr):
+    """tile [M, N] where the words [M, 1, 4, 1] of its rows have a bit, else ``otherwise``.
 
-    Under affine bounds columns see intervals of rows too, so dK and dV use it with both exchanged.
     PORTABLE is for Triton's interpreter, which refuses inline assembly.
     """
     BLOCK_M: tl.constexpr = tile.shape[0]
     BLOCK_N: tl.constexpr = tile.shape[1]
     A8: tl.constexpr = BLOCK_N // 8
-    word = interval_words(lo, hi, first_col, BLOCK_N)
     place = 2 * tl.arange(0, A8)[None, :, None, None] + tl.arange(0, 2)[None, None, None, :]
     word = tl.reshape(tl.broadcast_to(word, [BLOCK_M, A8, 4, 2]), [BLOCK_M, BLOCK_N])
     bit = tl.reshape(tl.broadcast_to(1 << place, [1, A8, 4, 2]), [1, BLOCK_N])
@@ -198,7 +338,7 @@ def masked_transposed(tile, lo, hi, cols, PORTABLE: tl.constexpr):
     them: one unsigned comparison, col - lo < hi - lo, costs less. ``visible`` for lo <= hi.
     """
     if PORTABLE:
-        return tl.where(visible(lo[None, :], hi[None, :], cols[:, None]), tile, 0.0)
+        return tl.where(visible(lo[None, :], hi[None, :], True, cols[:, None]), tile, 0.0)
     else:
         return tl.inline_asm_elementwise(
             "{ .reg .pred p; .reg .b32 t; sub.u32 t, $1, $2; setp.lt.u32 p, t, $3;"
@@ -281,7 +421,6 @@ def columns_to_visit(
     row_block,
     row_blocks,
     col_blocks,
-    mask,
     lists,
     b,
     h,
@@ -293,7 +432,7 @@ def columns_to_visit(
     and what visited_block needs to find them: block numbers, or pointers into lists.
     """
     if lists.counts is not None:
-        return listed(lists, mask_head(mask, b, h) * row_blocks + row_block, col_blocks)
+        return listed(lists, b, h, row_blocks, row_block, col_blocks)
     else:
         return counted(column_ranges(row_block * BLOCK_M, bounds, BLOCK_M, BLOCK_N))
 
@@ -303,7 +442,6 @@ def rows_to_visit(
     col_block,
     row_blocks,
     col_blocks,
-    mask,
     lists,
     b,
     h,
@@ -313,13 +451,14 @@ def rows_to_visit(
 ):
     """As columns_to_visit, for the row blocks of a column block."""
     if lists.counts is not None:
-        return listed(lists, mask_head(mask, b, h) * col_blocks + col_block, row_blocks)
+        return listed(lists, b, h, col_blocks, col_block, row_blocks)
     else:
         return counted(row_ranges(col_block * BLOCK_N, bounds, BLOCK_M, BLOCK_N))
 
 
 @triton.jit
-def listed(lists, entry, most):
+def listed(lists, b, h, blocks, block, most):
+    entry = (b.to(tl.int64) * lists.batch + h * lists.head) * blocks + block
     partial = tl.load(lists.counts + entry * 2)
     full = tl.load(lists.counts + entry * 2 + 1)
     first = lists.blocks + entry * 2 * most

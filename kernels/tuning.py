@@ -4,7 +4,8 @@ Keyed by kernel, arithmetic, architecture and head width. No autotuning on the c
 
 No GPU has measured these rows yet. Each was chosen by compiling candidates ahead of time (Triton
 3.7.1, tests/aot.py), largest tile first, and taking the first that keeps everything in registers
-for every form of mask (on sm_86 and sm_120: nearly so) and fits the shared memory of a block;
+for every form of mask without bits (on sm_86 and sm_120: nearly so) and fits the shared memory of a
+block; with bits and options, in half precision on sm_80 and sm_90, the rule at ``HEAVY`` does.
 tests/test_compiled.py holds them to it. float32 without tensor cores keeps whole operands in
 registers, hence its small tiles.
 """
@@ -44,6 +45,12 @@ TABLE: dict[tuple[str, str], dict[int, tuple[TileConfig, TileConfig, TileConfig]
         90: (TileConfig(64, 128, 8, 2), TileConfig(32, 128, 8, 2), TileConfig(32, 32, 8, 1)),
         100: (TileConfig(64, 128, 8, 1), TileConfig(64, 64, 8, 1), TileConfig(32, 32, 8, 2)),
     },
+    ("sums", "half"): {
+        80: (TileConfig(64, 64, 8, 1), TileConfig(64, 64, 8, 1), TileConfig(32, 64, 8, 1)),
+        86: (TileConfig(64, 64, 8, 1), TileConfig(64, 64, 8, 1), TileConfig(32, 32, 8, 1)),
+        90: (TileConfig(64, 64, 8, 1), TileConfig(64, 64, 8, 1), TileConfig(32, 64, 8, 1)),
+        100: (TileConfig(64, 64, 8, 1), TileConfig(64, 64, 8, 1), TileConfig(32, 64, 8, 1)),
+    },
     ("forward", "tf32"): {
         80: (TileConfig(128, 64, 8, 2), TileConfig(128, 32, 8, 2), TileConfig(64, 32, 8, 2)),
         86: (TileConfig(128, 64, 8, 2), TileConfig(128, 32, 8, 2), TileConfig(32, 32, 8, 1)),
@@ -53,7 +60,7 @@ TABLE: dict[tuple[str, str], dict[int, tuple[TileConfig, TileConfig, TileConfig]
     ("dq", "tf32"): {
         80: (TileConfig(64, 32, 8, 2), TileConfig(64, 32, 8, 2), TileConfig(32, 32, 8, 2)),
         86: (TileConfig(64, 32, 8, 2), TileConfig(64, 32, 8, 1), TileConfig(16, 32, 8, 1)),
-        90: (TileConfig(64, 64, 8, 2), TileConfig(64, 32, 8, 2), TileConfig(32, 32, 8, 2)),
+        90: (TileConfig(64, 64, 8, 2), TileConfig(64, 16, 8, 2), TileConfig(32, 32, 8, 2)),
         100: (TileConfig(64, 64, 8, 2), TileConfig(64, 32, 8, 2), TileConfig(32, 32, 8, 2)),
     },
     ("dkv", "tf32"): {
@@ -61,6 +68,12 @@ TABLE: dict[tuple[str, str], dict[int, tuple[TileConfig, TileConfig, TileConfig]
         86: (TileConfig(32, 64, 8, 2), TileConfig(32, 32, 8, 2), TileConfig(16, 16, 8, 1)),
         90: (TileConfig(64, 64, 8, 2), TileConfig(32, 32, 8, 1), TileConfig(32, 32, 8, 1)),
         100: (TileConfig(32, 64, 8, 2), TileConfig(32, 32, 8, 1), TileConfig(32, 32, 8, 1)),
+    },
+    ("sums", "tf32"): {
+        80: (TileConfig(64, 32, 8, 1), TileConfig(32, 16, 8, 1), TileConfig(16, 32, 8, 1)),
+        86: (TileConfig(64, 32, 8, 1), TileConfig(32, 16, 8, 1), TileConfig(16, 32, 8, 1)),
+        90: (TileConfig(64, 32, 8, 1), TileConfig(32, 16, 8, 1), TileConfig(16, 32, 8, 1)),
+        100: (TileConfig(64, 32, 8, 1), TileConfig(32, 16, 8, 1), TileConfig(16, 32, 8, 1)),
     },
     ("forward", "ieee"): {
         80: (TileConfig(64, 32, 8, 2), TileConfig(32, 32, 8, 1), TileConfig(16, 32, 8, 2)),
@@ -80,7 +93,24 @@ TABLE: dict[tuple[str, str], dict[int, tuple[TileConfig, TileConfig, TileConfig]
         90: (TileConfig(32, 32, 8, 2), TileConfig(32, 32, 8, 1), TileConfig(16, 32, 8, 2)),
         100: (TileConfig(32, 32, 8, 2), TileConfig(32, 32, 8, 1), TileConfig(16, 32, 8, 2)),
     },
+    ("sums", "ieee"): {
+        80: (TileConfig(32, 32, 8, 1), TileConfig(32, 32, 8, 1), TileConfig(16, 16, 8, 1)),
+        86: (TileConfig(32, 32, 8, 1), TileConfig(32, 32, 8, 1), TileConfig(16, 16, 8, 1)),
+        90: (TileConfig(32, 32, 8, 1), TileConfig(32, 32, 8, 1), TileConfig(16, 16, 8, 1)),
+        100: (TileConfig(32, 32, 8, 1), TileConfig(32, 32, 8, 1), TileConfig(16, 16, 8, 1)),
+    },
 }
+
+# Calls with packed bits, or with options that need registers of their own, run with half the tile
+# that the loop walks; where that does not keep everything in registers, with these.
+HEAVY: dict[tuple[str, str, int], dict[int, TileConfig]] = {
+    ("forward", "half", 80): {1: TileConfig(64, 32, 8, 2), 2: TileConfig(32, 32, 4, 2)},
+    ("dq", "half", 80): {1: TileConfig(64, 32, 8, 2), 2: TileConfig(32, 16, 8, 1)},
+    ("dkv", "half", 80): {1: TileConfig(16, 64, 8, 2)},
+    ("sums", "half", 80): {2: TileConfig(64, 16, 8, 1)},
+    ("sums", "half", 90): {2: TileConfig(64, 16, 8, 1)},
+}
+LEAST = 16  # rows or columns of a tile: what a tensor core instruction takes
 
 _forced: TileConfig | None = None
 
@@ -95,13 +125,27 @@ def row_of(architecture: int) -> int:
     return 100 if architecture >= 100 else 90 if architecture >= 90 else 80
 
 
-def pick(kernel: str, arithmetic: str, architecture: int, width: int) -> TileConfig:
-    """The configuration of ``kernel`` ("forward", "dq", "dkv") for a GPU and the larger head
-    width."""
+def pick(
+    kernel: str, arithmetic: str, architecture: int, width: int, heavy: bool = False
+) -> TileConfig:
+    """The configuration of ``kernel`` ("forward", "dq", "dkv", "sums") for a GPU and the larger
+    head width. heavy: the call has packed bits, or options that need registers of their own.
+    """
     if _forced is not None:
         return _forced
-    row = TABLE[kernel, arithmetic][row_of(architecture)]
-    return row[0 if width <= 64 else 1 if width <= 128 else 2]
+    row, place = row_of(architecture), 0 if width <= 64 else 1 if width <= 128 else 2
+    config = TABLE[kernel, arithmetic][row][place]
+    if not heavy:
+        return config
+    return HEAVY.get((kernel, arithmetic, row), {}).get(place) or lighter(config, kernel)
+
+
+def lighter(config: TileConfig, kernel: str) -> TileConfig:
+    """Half the tile that the loop walks: what else a call needs then stays in registers."""
+    block_m, block_n, *rest = config
+    if kernel == "dkv":
+        return TileConfig(max(LEAST, block_m // 2), block_n, *rest)
+    return TileConfig(block_m, max(LEAST, block_n // 2), *rest)
 
 
 @contextlib.contextmanager

@@ -15,9 +15,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tilemask.kernels import backward, forward, pack
+from tilemask.kernels import backward, forward, pack, sums
 from tilemask.kernels.masks import ListArgs, MaskArgs
-from tilemask.kernels.softmax import LOG2_E  # noqa: F401  (a constexpr the kernels close over)
+from tilemask.kernels.scores import ScoreArgs
 from tilemask.kernels.tiles import TensorArg
 from tilemask.kernels.tuning import TileConfig, padded
 
@@ -26,9 +26,25 @@ KERNELS = {
     "forward": forward.forward_kernel,
     "dq": backward.dq_kernel,
     "dkv": backward.dkv_kernel,
+    "sums": sums.pair_sums_kernel,
 }
 TENSORS = ("q", "k", "v", "out", "do", "dq", "dk", "dv")
-FORMS = ("affine", "lists")
+FORMS = ("affine", "lists", "words", "keys", "lists and words")
+OPTIONS = {
+    "bias": {
+        "bias": "*bf16",
+        "bias_outer": "i64",
+        "bias_inner": "i64",
+        "bias_split": "i32",
+        "bias_head": "i64",
+        "bias_row": "i64",
+        "bias_col": 1,
+    },
+    "softcap": {"softcap": "fp32"},
+    "alibi": {"slopes": "*fp32", "slopes_batch": "i32"},
+    "sinks": {"sinks": "*fp32"},
+    "dropout": {"seed": "*i64", "threshold": "i32", "factor": "fp32"},
+}
 SHARED_LIMIT = {80: 163, 86: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may use
 
 
@@ -45,21 +61,35 @@ class Compiled:
         return len(re.findall(rf"\b{mnemonic}\b", self.sass))
 
 
-def arguments(kernel: str, dtype: str, form: str, per_batch: bool) -> dict:
+def mask_types(form: str, per_batch: bool) -> MaskArgs:
+    """The types of MaskArgs; its steps are ints."""
+    given = {"bounds": "*i32"} if per_batch else {}
+    if "lists" in form:
+        given |= {"lo": "*i32", "hi": "*i32", "lo_batch": "i32", "lo_head": "i32"}
+    if "words" in form:
+        given |= {"words": "*i32", "words_split": "i32", "words_line": "i32"}
+        steps = ("words_outer", "words_inner", "words_head", "words_group")
+        given |= dict.fromkeys(steps, "i64")
+    if form == "keys":
+        given |= {"keys": "*i32", "keys_batch": "i32"}
+    if "words" in form or form == "keys":
+        given |= {"live": "*i32", "live_batch": "i32", "live_head": "i32"}
+    return MaskArgs(**given)
+
+
+def arguments(
+    kernel: str, dtype: str, form: str, per_batch: bool, option: str | None = None
+) -> dict:
     """The kernel's run-time arguments by type, as ordinary calls specialise them."""
     tensor = TensorArg(f"*{dtype}", "i64", "i64", "i32")
-    mask = MaskArgs(
-        "*i32" if per_batch else None,
-        "*i32" if form == "lists" else None,
-        "*i32" if form == "lists" else None,
-        "i32",
-        "i32",
-    )
-    lists = ListArgs("*i32", "*i32") if form == "lists" else ListArgs(None, None)
+    lists = ListArgs() if form == "affine" else ListArgs("*i32", "*i32", "i32", "i32")
     known = {name: tensor for name in TENSORS}
     known |= dict.fromkeys(("lse", "delta", "dlse"), "*fp32")
-    known |= dict.fromkeys(("scale", "scale_log2"), "fp32")
-    known |= {"mask": mask, "lists": lists, "visits": None}
+    known |= dict.fromkeys(("scale", "weight"), "fp32")
+    known |= {"mask": mask_types(form, per_batch), "lists": lists, "visits": None}
+    known["score"] = ScoreArgs(**(OPTIONS[option] if option else {}))
+    known["rest"] = "*fp32" if option in ("bias", "sinks") or dtype == "fp32" else None
+    known["sums"] = f"*{dtype}"
     return {name: known.get(name, "i32") for name in KERNELS[kernel].arg_names if name.islower()}
 
 
@@ -73,6 +103,7 @@ def compile_kernel(
     form: str = "affine",
     per_batch: bool = False,
     precision: str = "ieee",
+    option: str | None = None,
 ) -> Compiled:
     """Compile one kernel of KERNELS for sm_<arch>."""
     width_v = width if width_v is None else width_v
@@ -84,6 +115,9 @@ def compile_kernel(
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "SIGN": 1,
+        "NATURAL": option in ("bias", "softcap", "alibi"),
+        "ROWS_KEPT": True,
+        "COLS_KEPT": True,
         "PRECISION": precision,
         "PORTABLE": False,
     }
@@ -93,39 +127,45 @@ def compile_kernel(
         if name in constants:
             signature[name], values[(index,)] = "constexpr", constants[name]
             continue
-        given = arguments(kernel, dtype, form, per_batch)[name]
+        given = arguments(kernel, dtype, form, per_batch, option)[name]
         if isinstance(given, tuple):
             fields = enumerate(given)
-            signature[name] = type(given)(*("constexpr" if f is None else f for f in given))
+            signature[name] = type(given)(*("constexpr" if f in (None, 1) else f for f in given))
         else:
             fields = [(None, given)]
             signature[name] = "constexpr" if given is None else given
         for place, kind in fields:
             path = (index,) if place is None else (index, place)
-            if kind is None:
-                values[path] = None
-            elif kind.startswith("*") or name in TENSORS:  # aligned pointers and strides
+            if kind in (None, 1):
+                values[path] = kind
+            elif kind.startswith("*") or name in TENSORS or (name == "score" and kind == "i64"):
+                # aligned pointers and strides
                 hints[path] = [["tt.divisibility", 16]]
     return finish(function, signature, values, hints, arch, config)
 
 
-def compile_list_builder(arch: int, block_m: int, block_n: int, transposed: bool) -> Compiled:
-    """Compile the kernel that builds tile lists."""
-    function = pack.build_lists_kernel
-    constants = {
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        "CHUNK": pack.CHUNK,
-        "TRANSPOSED": transposed,
-    }
-    signature = {
-        name: "constexpr" if name in constants else "*i32" if name.endswith("_ptr") else "i32"
-        for name in function.arg_names
-    }
-    names = function.arg_names
-    values = {(names.index(name),): value for name, value in constants.items()}
-    hints = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr")}
-    return finish(function, signature, values, hints, arch, TileConfig(block_m, block_n, 4, 1))
+def compile_packing(kernel: str, arch: int, **constants) -> Compiled:
+    """Compile one of the kernels that make words and lists of a mask with words and key words."""
+    function = getattr(pack, kernel)
+    mask = mask_types("words", True)._replace(keys="*i32", keys_batch="i32")
+    if kernel == "live_rows_kernel":
+        mask = mask._replace(live=None, live_batch=None, live_head=None)
+    pointers = {"bits": "*u8", "words": "*i32", "transposed": "*i32", "live": "*i32"}
+    pointers |= {"classes": "*u8", "counts": "*i32", "lists": "*i32"}
+    signature, values, hints = {}, {}, {}
+    for index, name in enumerate(function.arg_names):
+        if name in constants:
+            signature[name], values[(index,)] = "constexpr", constants[name]
+        elif name == "mask":
+            signature[name] = type(mask)(*("constexpr" if f is None else f for f in mask))
+            values |= {(index, place): None for place, f in enumerate(mask) if f is None}
+        elif name == "stride_col":
+            signature[name], values[(index,)] = "constexpr", 1
+        else:
+            signature[name] = pointers.get(name, "i64" if name.startswith("stride") else "i32")
+            if name in pointers or name == "len_k" or name.startswith("stride"):
+                hints[(index,)] = [["tt.divisibility", 16]]
+    return finish(function, signature, values, hints, arch, TileConfig(0, 0, 4, 1))
 
 
 def finish(function, signature, values, hints, arch: int, config: TileConfig) -> Compiled:

@@ -58,11 +58,11 @@ def tensors(Lq, Lk, order="bhld"):
     return [t.to(torch.bfloat16).requires_grad_() for t in (q, k, k)]
 
 
-def step(mask, Lq=70, Lk=90, order="bhld"):
+def step(mask, Lq=70, Lk=90, order="bhld", **options):
     "Kernels loaded and launched by a forward and backward, and what the last launch was given."
     loads, launches = stub.stub_loads(), stub.stub_launches()
     q, k, v = tensors(Lq, Lk, order)
-    out = tilemask.attention(q, k, v, mask=mask, backend="triton")
+    out = tilemask.attention(q, k, v, mask=mask, backend="triton", **options)
     forward = [stub.stub_grid(), stub.stub_block(), stub.stub_first_argument() == q.data_ptr()]
     out.backward(torch.randn_like(out))
     backward = [stub.stub_grid(), stub.stub_block(), stub.stub_first_argument() == q.data_ptr()]
@@ -74,6 +74,26 @@ def step(mask, Lq=70, Lk=90, order="bhld"):
     }
 
 
+def bits(Lq, Lk):
+    return masks.dense(torch.ones(Lq, Lk, dtype=torch.bool))
+
+
+def options(Lq, Lk, seed):
+    bias = torch.zeros(1, 4, Lq, Lk, dtype=torch.bfloat16).requires_grad_()
+    sinks = torch.zeros(4).requires_grad_()
+    slopes = torch.ones(4)
+    given = {"softcap": 30.0, "dropout_p": 0.1, "dropout_seed": seed}
+    return {"bias": bias, "sinks": sinks, "alibi_slopes": slopes, **given}
+
+
+def weights(Lq, Lk):
+    loads = stub.stub_loads()
+    q, k, _ = (t.detach() for t in tensors(Lq, Lk))
+    tilemask.attention_weights(q, k, mask=masks.causal(), reduce="mean_heads", backend="triton")
+    return {"loads": stub.stub_loads() - loads}
+
+
+keep = torch.ones(2, 90, dtype=torch.bool)
 cu = torch.tensor([0, 30, 70])
 cu_k = torch.tensor([0, 50, 90])
 print(json.dumps({
@@ -86,6 +106,15 @@ print(json.dumps({
     "varlen": step(masks.varlen(cu, cu_k)),
     "other varlen": step(masks.varlen(cu + cu, cu_k + cu_k), 140, 180),
     "blhd": step(masks.causal(), order="blhd"),
+    "dense": step(bits(270, 290), 270, 290),
+    "other dense": step(bits(333, 517), 333, 517),
+    "keys": step(masks.padding(keep=keep)),
+    "all": step(bits(70, 90) & masks.padding(keep=keep), **options(70, 90, 1)),
+    "other all": step(
+        bits(70, 90) & masks.padding(keep=keep) & masks.causal(9), **options(70, 90, 2)
+    ),
+    "weights": weights(70, 90),
+    "other weights": weights(333, 517),
 }))
 """
 
@@ -114,9 +143,13 @@ def steps(tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_three_kernels_and_two_list_builders(steps):
+def test_launches(steps):
     assert steps["causal"]["launches"] == 3  # forward, dq, dkv
-    assert steps["varlen"]["launches"] == 5  # and the lists of both directions: the tiles agree
+    # classes and lists of both directions: the tiles of forward and dq agree
+    assert steps["varlen"]["launches"] == 3 + 4
+    assert steps["dense"]["launches"] == 3 + 4 + 3  # words, transposed words, live rows
+    assert steps["keys"]["launches"] == 3 + 4 + 2
+    assert steps["all"]["launches"] == 3 + 4 + 4 + 1  # both kinds of words; the bias gradient
     assert steps["causal"]["loads"] == 3
 
 
@@ -133,13 +166,23 @@ def test_grids(steps):
 
 
 @pytest.mark.parametrize(
-    "name", ["other offset", "other lengths", "window", "other padding", "other varlen"]
+    "name",
+    [
+        "other offset",
+        "other lengths",
+        "window",
+        "other padding",
+        "other varlen",
+        "other dense",
+        "other all",
+        "other weights",
+    ],
 )
 def test_other_numbers_compile_nothing(steps, name):
     """Lengths, offsets and the values of bounds are no part of what a kernel is compiled for."""
     assert steps[name]["loads"] == 0
 
 
-@pytest.mark.parametrize("name", ["causal", "padding", "varlen", "blhd"])
+@pytest.mark.parametrize("name", ["causal", "padding", "varlen", "blhd", "dense", "keys"])
 def test_pointers_arrive(steps, name):
     assert steps[name]["forward"][2] and steps[name]["backward"][2]

@@ -1,4 +1,5 @@
-"""The calls: attention() and scaled_dot_product_attention(), their argument checks and docstrings.
+"""The calls: attention(), attention_weights() and scaled_dot_product_attention(), their argument
+checks and docstrings.
 
 Everything after this module assumes checked arguments.
 """
@@ -15,7 +16,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import backends, lowering, masks
-from .autograd import attend
+from .autograd import attend, is_traced, needs_gradient
 from .backends import Call
 from .masks import describe
 
@@ -58,9 +59,11 @@ def attention(
         0, lse -inf (with sinks: the sink) and zero gradients, never NaN; what padding leaves out is
         never read.
     bias: float, 2-D to 4-D, broadcastable to [B, Hq, Lq, Lk], in q's dtype or float32; may hold
-    -inf. scale: default 1 / sqrt(D); any finite number, 0 and negative ones included.
-    softcap: 0 = none. alibi_slopes: float [Hq] or [B, Hq]. sinks: float [Hq], one learned logit per
-        head in the softmax denominator.
+        -inf. 5-D is [B1|1, B2|1, Hq|1, Lq|1, Lk|1], B = B1 * B2: two batch dimensions that were
+        flattened to B. Read as it is, never expanded or copied.
+    scale: default 1 / sqrt(D); any finite number, 0 and negative ones included. softcap: 0 = none.
+    alibi_slopes: float [Hq] or [B, Hq]. sinks: float [Hq], one learned logit per head in the
+        softmax denominator.
     dropout_p: probability of dropping, quantised to 1/65536. dropout_seed: an int or int64 tensor
         [1]; by default drawn from torch's generator of q's device.
     backend: force "triton" or "reference"; see available_backends() and explain().
@@ -91,6 +94,85 @@ def attention(
     )
     out, lse = attend(call, backend)
     return (out, lse) if return_lse else out
+
+
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    *,
+    mask: masks.Mask | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    reduce: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The probabilities that attention() multiplies v with, or a sum of them that is small.
+
+    q [B, Hq, Lq, D], k [B, Hkv, Lk, D] and all options as in attention(). Returns, in q's dtype::
+
+        reduce=None            [B, Hq, Lq, Lk]
+        reduce="mean_heads"    [B, Lq, Lk], the mean over heads: what nn.MultiheadAttention returns
+        reduce="sum_queries"   [B, Hq, Lk], the sum over rows: how much attention each key got
+
+    The last two never hold anything of size [B, Hq, Lq, Lk], and sum in float32 (float64 for
+    float64). Hidden pairs are exactly 0; a row that sees nothing is 0; every other row sums to 1,
+    to less with sinks. With dropout_p the dropped ones are 0 and the others rescaled: out of
+    attention() with the same dropout_seed is these weights times v.
+
+    Differentiable. Gradients, torch.compile and other tracing run on the reference.
+
+    Raises TypeError or ValueError for arguments, naming them; RuntimeError where a forced backend
+    cannot run.
+    """
+    if has_torch_function((q, k, bias, alibi_slopes, sinks)):
+        return handle_torch_function(
+            attention_weights,
+            (q, k, bias, alibi_slopes, sinks),
+            q,
+            k,
+            mask=mask,
+            bias=bias,
+            scale=scale,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            dropout_p=dropout_p,
+            dropout_seed=dropout_seed,
+            reduce=reduce,
+            backend=backend,
+        )
+    if reduce not in (None, "mean_heads", "sum_queries"):
+        raise ValueError(
+            f'reduce must be None, "mean_heads" or "sum_queries", got {describe(reduce)}'
+        )
+    check_dense("q", q)
+    check_dense("k", k)
+    q, k = autocast(q, k)
+    check_tensors(q, k)
+    v = k[..., :1]  # a stand-in: nobody asked for the output
+    call = checked(
+        q, k, v, mask, bias, scale, softcap, alibi_slopes, sinks, dropout_p, dropout_seed
+    )
+    return backend_of_weights(call, backend).weights(call, reduce)
+
+
+def backend_of_weights(call: Call, name: str | None):
+    """The backend that computes weights: the reference alone can be differentiated and traced."""
+    if is_traced(call.q, call.k):
+        reason = "attention_weights() is traced, which sees through PyTorch only"
+    elif torch.is_grad_enabled() and needs_gradient(call):
+        reason = "attention_weights() needs gradients, which only the reference has"
+    else:
+        return backends.choose(call, name)
+    name = backends.forced_name(name)
+    if name is not None and backends.named(name) is not backends.reference:
+        raise RuntimeError(f"backend {name!r} cannot run this call: {reason}")
+    return backends.reference
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, **options):
@@ -151,7 +233,7 @@ def scaled_dot_product_attention(
     query, key, value = matched_heads(query, key, value, enable_gqa)
     heads = query.shape[1]
     if isinstance(attn_mask, Tensor) and attn_mask.dtype in HALVES:
-        attn_mask = autocast(attn_mask, key, value)[0]
+        (attn_mask,) = autocast(attn_mask)
     mask, bias = split_attn_mask(attn_mask, batch, heads, query, key)
     if is_causal:
         mask = CAUSAL if mask is None else mask & CAUSAL
@@ -233,25 +315,49 @@ def split_attn_mask(attn_mask, batch, heads: int, query, key):
             f"from 2 dimensions or more{advice if len(shape) <= 2 else ''}"
         )
     if len(full) != 4:
-        inner = aligned[-3:]
-        outer = (1,) if all(n == 1 for n in aligned[:-3]) else batch
-        attn_mask = (
-            attn_mask.reshape(aligned).expand(*outer, *inner) if outer != (1,) else attn_mask
-        )
-        attn_mask = attn_mask.reshape(-1, *(1,) * (3 - len(inner)), *inner)
+        attn_mask = with_two_batches(attn_mask.reshape(aligned), batch)
     return (masks.dense(attn_mask), None) if attn_mask.dtype == torch.bool else (None, attn_mask)
+
+
+def with_two_batches(attn_mask: Tensor, batch) -> Tensor:
+    """An attn_mask [*batch, H, L, S], any size 1 where it broadcasts, with one or two batch
+    dimensions: neighbours are merged. A view, except where three must stay apart."""
+    inner = attn_mask.shape[-3:]
+    if 0 in batch:
+        return attn_mask.expand(*batch, *inner).reshape(0, *inner)
+    if not attn_mask.requires_grad:  # a gradient has the shape that was given
+        for dim in range(len(batch)):
+            if attn_mask.stride(dim) == 0:
+                attn_mask = attn_mask.narrow(dim, 0, 1)
+    merged, first_of, step = [], [], 0  # sizes; first dimension of each; stride of the last one
+    for dim, full in enumerate(batch):
+        if full == 1:
+            continue
+        size, stride = attn_mask.shape[dim], attn_mask.stride(dim)
+        alike = bool(merged) and (size == 1) == (merged[-1] == 1)
+        if alike and (size == 1 or step == size * stride):
+            merged[-1] *= size
+        else:
+            merged.append(size)
+            first_of.append(dim)
+        step = stride
+    if len(merged) > 2:  # rare: all but the first are written out
+        kept = first_of[1]
+        attn_mask = attn_mask.expand(*attn_mask.shape[:kept], *batch[kept:], *inner)
+        merged = [merged[0], math.prod(batch[kept:])]
+    return attn_mask.reshape(*merged or (1,), *inner)
 
 
 # -- checks ---------------------------------------------------------------------------------------
 
 
-def autocast(q, k, v):
-    """q, k, v in autocast's dtype where it is on for their device; float64 stays, as in torch."""
-    kind = q.device.type
+def autocast(*tensors):
+    """Tensors in autocast's dtype where it is on for their device; float64 stays, as in torch."""
+    kind = tensors[0].device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return q, k, v
+        return tensors
     dtype = torch.get_autocast_dtype(kind)
-    return tuple(t.to(dtype) if t.dtype in FLOATS[:3] else t for t in (q, k, v))
+    return tuple(t.to(dtype) if t.dtype in FLOATS[:3] else t for t in tensors)
 
 
 def checked(
@@ -327,35 +433,39 @@ def check_dense(name: str, tensor) -> None:
         )
 
 
-def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_tensors(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
+    """v: None where there is none."""
+    given = (q, k) if v is None else (q, k, v)
+    names = "q and k" if v is None else "q, k and v"
+    v = k if v is None else v
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
-        raise ValueError(f"q, k and v must be [B, H, L, D] (4 dimensions), got {shapes(q, k, v)}")
+        raise ValueError(f"{names} must be [B, H, L, D] (4 dimensions), got {shapes(*given)}")
     if q.dtype not in FLOATS or k.dtype != q.dtype or v.dtype != q.dtype:
         raise TypeError(
-            "q, k and v must have one dtype of float16, bfloat16, float32, float64; got "
-            f"{q.dtype}, {k.dtype}, {v.dtype}"
+            f"{names} must have one dtype of float16, bfloat16, float32, float64; got "
+            + ", ".join(str(t.dtype) for t in given)
         )
     if k.device != q.device or v.device != q.device:
         raise ValueError(
-            f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}"
+            f"{names} must be on one device, got " + ", ".join(str(t.device) for t in given)
         )
     B, Hq, _, D = q.shape
     Bk, Hkv, Lk, Dk = k.shape
     if Dk != D or D == 0:
-        raise ValueError(f"q and k must have one width D >= 1: {shapes(q, k, v)}")
+        raise ValueError(f"q and k must have one width D >= 1: {shapes(*given)}")
     if v.shape[:3] != (Bk, Hkv, Lk) or v.shape[3] == 0:
-        raise ValueError(f"v must be [B, Hkv, Lk, Dv] with k's first three: {shapes(q, k, v)}")
+        raise ValueError(f"v must be [B, Hkv, Lk, Dv] with k's first three: {shapes(*given)}")
     if Bk != B:
-        raise ValueError(f"k and v must have q's batch size: {shapes(q, k, v)}")
+        raise ValueError(f"{names} must have one batch size: {shapes(*given)}")
     if (Hkv == 0 and Hq) or (Hkv and Hq % Hkv):
         raise ValueError(
             f"k has {Hkv} heads, q has {Hq}: q heads must be a multiple of k heads "
-            f"({shapes(q, k, v)})"
+            f"({shapes(*given)})"
         )
 
 
-def shapes(q, k, v) -> str:
-    return f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+def shapes(*tensors) -> str:
+    return ", ".join(f"{name} {tuple(t.shape)}" for name, t in zip("qkv", tensors))
 
 
 def is_real(value) -> bool:
@@ -365,7 +475,7 @@ def is_real(value) -> bool:
 
 
 def checked_bias(bias, q: Tensor, full: tuple[int, ...]) -> Tensor:
-    """bias as a 4-D view."""
+    """bias as a view [B1|1, B2|1, Hq|1, Lq|1, Lk|1]."""
     if not isinstance(bias, Tensor) or bias.dtype not in (q.dtype, torch.float32):
         hint = (
             ": a bool mask is mask=masks.dense(...)"
@@ -375,13 +485,20 @@ def checked_bias(bias, q: Tensor, full: tuple[int, ...]) -> Tensor:
         raise TypeError(f"bias must be a float32 or {q.dtype} tensor, got {describe(bias)}{hint}")
     if bias.device != q.device:
         raise ValueError(f"bias is on {bias.device}, q on {q.device}")
-    shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
-    if not 2 <= bias.dim() <= 4 or not all(
-        masks.repeats(h, w) for h, w in zip(shape, full, strict=True)
-    ):
+    shape = tuple(bias.shape)
+    fits = False
+    if 2 <= len(shape) <= 4:
+        shape = (1,) * (4 - len(shape)) + shape
+        fits = masks.repeats(shape[0], full[0])
+        shape = (shape[0], 1, *shape[1:])
+    elif len(shape) == 5:
+        split = masks.split_batch(full[0], *shape[:2])
+        fits = masks.repeats(shape[0], split[0]) and masks.repeats(shape[1], split[1])
+        fits = fits and split[0] * split[1] == full[0]
+    if not fits or not all(masks.repeats(h, w) for h, w in zip(shape[2:], full[1:], strict=True)):
         raise ValueError(
             f"bias has shape {tuple(bias.shape)}, which does not broadcast to (B, Hq, Lq, Lk) "
-            f"= {full} from 2 to 4 dimensions"
+            f"= {full} from 2 to 4 dimensions, nor from 5 with B = B1 * B2"
         )
     return bias.reshape(shape)
 

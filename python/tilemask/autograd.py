@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from . import backends
 from .backends import Call
 from .lowering import LoweredMask
+from .masks import PairBits
 
 TWICE = (
     b"differentiating through the backward of a tilemask kernel: only the reference is "
@@ -30,8 +31,8 @@ def attend(call: Call, name: str | None = None) -> tuple[Tensor, Tensor]:
     if backend is backends.reference:
         return backend.forward(call)
     if torch.is_grad_enabled() and needs_gradient(call):
-        return Attention.apply(call, backend, call.q, call.k, call.v)
-    return backend.forward(call)
+        return Attention.apply(call, backend, call.q, call.k, call.v, call.bias, call.sinks)
+    return backend.forward(call)[:2]
 
 
 def needs_gradient(call: Call) -> bool:
@@ -51,91 +52,137 @@ class Attention(torch.autograd.Function):
     """A call on a backend that has its own backward. Eager."""
 
     @staticmethod
-    def forward(ctx, call: Call, backend, q, k, v):
-        out, lse = backend.forward(call)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.call, ctx.backend = backends.replaced(call, q=None, k=None, v=None), backend
+    def forward(ctx, call: Call, backend, q, k, v, bias, sinks):
+        out, lse, rest = backend.forward(call)
+        ctx.save_for_backward(q, k, v, bias, sinks, out, lse, rest)
+        ctx.call = backends.replaced(call, q=None, k=None, v=None, bias=None, sinks=None)
+        ctx.backend = backend
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, dlse):
         if dout is None and dlse is None:
-            return None, None, None, None, None
+            return (None,) * 7
         with torch.no_grad():
-            q, k, v, out, lse = ctx.saved_tensors
-            call = backends.replaced(ctx.call, q=q, k=k, v=v)
+            q, k, v, bias, sinks, out, lse, rest = ctx.saved_tensors
+            call = backends.replaced(ctx.call, q=q, k=k, v=v, bias=bias, sinks=sinks)
             dout = torch.zeros_like(out) if dout is None else dout
-            grads = ctx.backend.backward(call, out, lse, dout, dlse)[:3]
+            grads = ctx.backend.backward(
+                call, out, lse, rest, dout, dlse, bias_gradient=ctx.needs_input_grad[5]
+            )
         if torch.is_grad_enabled():  # create_graph=True: an error if anybody follows the graph
-            grads = (g.requires_grad_() for g in grads)
-            grads = torch._C._functions.DelayedError(TWICE, 3)(*grads)
+            given = [g.requires_grad_() for g in grads if g is not None]
+            delayed = iter(torch._C._functions.DelayedError(TWICE, len(given))(*given))
+            grads = [None if g is None else next(delayed) for g in grads]
         return None, None, *grads
 
 
 # -- the ops --------------------------------------------------------------------------------------
 #
 # A call travels flat: options = [bias, alibi_slopes, sinks, dropout_seed]; mask = [batch_bounds,
-# lo, hi, key_bits, bits, then counts and blocks of each list the op walks]; bounds = the six ints,
-# then block_m and block_n of each list; numbers = [scale, softcap, dropout_p].
+# lo, hi, key_bits, bits, then what the kernels read in place of the last two: live, words, keys,
+# transposed words, and counts and blocks of each list the op walks]; bounds = the six ints, then
+# block_m and block_n of each list; numbers = [scale, softcap, dropout_p].
 
 library = torch.library.Library("tilemask", "DEF")
+library.define("pack(Tensor bits) -> Tensor")
+library.define("transpose(Tensor words, SymInt len_q, SymInt len_k) -> Tensor")
+library.define("live(Tensor?[] parts, SymInt[] bounds, SymInt[] sizes) -> Tensor")
 library.define(
-    "lower(Tensor lo, Tensor hi, SymInt len_k, int block_m, int block_n, bool transposed)"
-    " -> (Tensor counts, Tensor blocks)"
+    "lower(Tensor?[] parts, SymInt[] bounds, SymInt[] sizes, int block_m, int block_n,"
+    " bool transposed) -> (Tensor counts, Tensor blocks)"
 )
 library.define(
     "forward(Tensor q, Tensor k, Tensor v, Tensor?[] options, Tensor?[] mask, SymInt[] bounds,"
-    " float[] numbers, str backend) -> (Tensor out, Tensor lse)"
+    " float[] numbers, str backend) -> (Tensor out, Tensor lse, Tensor rest)"
 )
 library.define(
-    "backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v,"
-    " Tensor?[] options, Tensor?[] mask, SymInt[] bounds, float[] numbers, str backend)"
-    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
+    "backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor rest, Tensor q, Tensor k,"
+    " Tensor v, Tensor?[] options, Tensor?[] mask, SymInt[] bounds, float[] numbers, str backend,"
+    " bool bias_gradient) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
 )
 
 LISTS_OF = {"forward": ("forward",), "backward": ("dq", "dkv")}
+PREPARED = ("live", "words", "keys", "transposed")
 
 
-def packed(call: Call) -> tuple[list, list, list, list]:
-    """options, mask, bounds and numbers of a call, without lists."""
+def packed(call: Call, backend, direction: str) -> tuple[list, list, list, list]:
+    """options, mask, bounds and numbers of a call for the op of a direction."""
     mask = call.mask
+    tensors, tiles = [mask.batch_bounds, mask.lo, mask.hi], []
+    if backend is backends.reference:
+        tensors.append(mask.key_bits)
+        tensors.append(None if mask.bits is None else mask.bits.tensor(mask.len_q))
+    else:
+        backend.prepare(call, direction == "backward", traced_steps())
+        tensors += [None, None, *(mask.prepared.get(name) for name in PREPARED)]
+        if direction == "forward":
+            tensors[-1] = None
+        for kernel in LISTS_OF[direction]:
+            key = backend.list_key(call, kernel)
+            if key in mask.prepared:
+                tensors += mask.prepared[key]
+                tiles += key[:2]
     return (
         [call.bias, call.alibi_slopes, call.sinks, call.dropout_seed],
-        [mask.batch_bounds, mask.lo, mask.hi, mask.key_bits, mask.bits],
-        list(mask.bounds),
+        tensors,
+        [*mask.bounds, *tiles],
         [call.scale, call.softcap, call.dropout_p],
     )
 
 
 def unpacked(q, k, v, options, mask, bounds, numbers, direction: str) -> Call:
     """The call that went into an op."""
-    lowered = LoweredMask(q.shape[2], k.shape[2], tuple(bounds[:6]), *mask[:5])
-    scale, softcap, dropout_p = numbers
-    bias, alibi_slopes, sinks, seed = options
+    bits = None if mask[4] is None else PairBits.of(mask[4], q.shape[0])
+    lowered = LoweredMask(q.shape[2], k.shape[2], tuple(bounds[:6]), *mask[:4], bits)
+    for name, tensor in zip(PREPARED, mask[5:9], strict=False):
+        if tensor is not None:
+            lowered.prepared[name] = tensor
     lists = zip(
-        LISTS_OF[direction], bounds[6::2], bounds[7::2], mask[5::2], mask[6::2], strict=False
+        LISTS_OF[direction], bounds[6::2], bounds[7::2], mask[9::2], mask[10::2], strict=False
     )
     for kernel, block_m, block_n, counts, blocks in lists:
-        lowered.lists[block_m, block_n, kernel == "dkv"] = (counts, blocks)
+        lowered.prepared[block_m, block_n, kernel == "dkv"] = (counts, blocks)
+    scale, softcap, dropout_p = numbers
+    bias, alibi_slopes, sinks, seed = options
     return Call(q, k, v, lowered, scale, bias, softcap, alibi_slopes, sinks, dropout_p, seed)
 
 
-def op_lower(lo, hi, len_k, block_m, block_n, transposed):
-    from .kernels.pack import build_lists
+def traced_steps():
+    ops = torch.ops.tilemask
+    return backends.triton.Steps(ops.pack, ops.transpose, ops.live, ops.lower, True)
 
-    return build_lists(lo, hi, len_k, block_m, block_n, transposed)
+
+def op_pack(bits):
+    return backends.triton.launched().pack(bits)
+
+
+def op_transpose(words, len_q, len_k):
+    return backends.triton.launched().transpose(words, len_q, len_k)
+
+
+def op_live(parts, bounds, sizes):
+    return backends.triton.launched().live(parts, bounds, sizes)
+
+
+def op_lower(parts, bounds, sizes, block_m, block_n, transposed):
+    return backends.triton.launched().lower(parts, bounds, sizes, block_m, block_n, transposed)
 
 
 def op_forward(q, k, v, options, mask, bounds, numbers, backend):
     call = unpacked(q, k, v, options, mask, bounds, numbers, "forward")
-    out, lse = backends.named(backend).forward(call)
-    return laid_out(out, q), lse
+    out, lse, *rest = backends.named(backend).forward(call)
+    rest = q.new_empty(0, dtype=lse.dtype) if not rest or rest[0] is None else rest[0]
+    return laid_out(out, q), lse, rest
 
 
-def op_backward(dout, dlse, out, lse, q, k, v, options, mask, bounds, numbers, backend):
+def op_backward(
+    dout, dlse, out, lse, rest, q, k, v, options, mask, bounds, numbers, backend, bias_gradient
+):
     call = unpacked(q, k, v, options, mask, bounds, numbers, "backward")
-    grads = backends.named(backend).backward(call, out, lse, dout, dlse)
+    rest = rest if rest.numel() or not lse.numel() else None
+    grads = backends.named(backend).backward(call, out, lse, rest, dout, dlse, bias_gradient)
     return (
         *(laid_out(g, t) for g, t in ((grads.q, q), (grads.k, k), (grads.v, v))),
         q.new_empty(0) if grads.bias is None else grads.bias.contiguous(),
@@ -150,33 +197,68 @@ def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
-for op, implementation in (("lower", op_lower), ("forward", op_forward), ("backward", op_backward)):
+for op, implementation in (
+    ("pack", op_pack),
+    ("transpose", op_transpose),
+    ("live", op_live),
+    ("lower", op_lower),
+    ("forward", op_forward),
+    ("backward", op_backward),
+):
     library.impl(op, implementation, "CompositeExplicitAutograd")
 
 
+@torch.library.register_fake("tilemask::pack")
+def fake_pack(bits):
+    *planes, rows, len_k = bits.shape
+    return bits.new_empty((*planes, -(-len_k // 128), rows, 4), dtype=torch.int32)
+
+
+@torch.library.register_fake("tilemask::transpose")
+def fake_transpose(words, len_q, len_k):
+    *planes, _, lines, _ = words.shape
+    return words.new_empty((*planes, 1 if lines == 1 else -(-len_q // 128), len_k, 4))
+
+
+@torch.library.register_fake("tilemask::live")
+def fake_live(parts, bounds, sizes):
+    from .kernels.pack import spread
+
+    made = next(t for t in parts if t is not None)
+    return made.new_empty((*spread(parts, *sizes[:2]), sizes[2]), dtype=torch.int32)
+
+
 @torch.library.register_fake("tilemask::lower")
-def fake_lower(lo, hi, len_k, block_m, block_n, transposed):
-    batch, heads, len_q = lo.shape
-    across = [-(-len_q // block_m), -(-len_k // block_n)]
+def fake_lower(parts, bounds, sizes, block_m, block_n, transposed):
+    from .kernels.pack import spread
+
+    shape = spread(parts, *sizes[:2])
+    across = [-(-sizes[2] // block_m), -(-sizes[3] // block_n)]
     blocks, most = reversed(across) if transposed else across
-    counts = lo.new_empty((batch, heads, blocks, 2))
-    return counts, lo.new_empty((batch, heads, blocks, 2, most))
+    made = next(t for t in parts if t is not None)
+    counts = made.new_empty((*shape, blocks, 2), dtype=torch.int32)
+    return counts, made.new_empty((*shape, blocks, 2, most), dtype=torch.int32)
 
 
 @torch.library.register_fake("tilemask::forward")
 def fake_forward(q, k, v, options, mask, bounds, numbers, backend):
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse = q.new_empty(q.shape[:3], dtype=dtype)
-    return backends.empty_like_query(q, v.shape[3]), lse
+    call = unpacked(q, k, v, options, mask, bounds, numbers, "forward")
+    has_rest = backend != "reference" and backends.named(backend).has_rest(call)
+    rest = torch.empty_like(lse) if has_rest else q.new_empty(0, dtype=dtype)
+    return backends.empty_like_query(q, v.shape[3]), lse, rest
 
 
 @torch.library.register_fake("tilemask::backward")
-def fake_backward(dout, dlse, out, lse, q, k, v, options, mask, bounds, numbers, backend):
+def fake_backward(
+    dout, dlse, out, lse, rest, q, k, v, options, mask, bounds, numbers, backend, bias_gradient
+):
     bias, _, sinks, _ = options
     return (
         *(backends.empty_like_query(t, t.shape[3]) for t in (q, k, v)),
         q.new_empty(0)
-        if bias is None
+        if bias is None or not bias_gradient
         else torch.empty_like(bias, memory_format=torch.contiguous_format),
         q.new_empty(0) if sinks is None else torch.empty_like(sinks),
     )
@@ -185,18 +267,16 @@ def fake_backward(dout, dlse, out, lse, q, k, v, options, mask, bounds, numbers,
 def attend_traced(call: Call, name: str | None) -> tuple[Tensor, Tensor]:
     """As attend(), through the ops."""
     backend = backends.choose(call, name)
-    options, mask, bounds, numbers = packed(call)
-    tiles, lists = lists_of(call, backend, "forward")
-    bounds_forward = bounds + tiles
+    options, mask, bounds, numbers = packed(call, backend, "forward")
     if not (torch.is_grad_enabled() and needs_gradient(call)):
         return torch.ops.tilemask.forward(
-            call.q, call.k, call.v, options, mask + lists, bounds_forward, numbers, backend.NAME
-        )
-    tensors = [call.q, call.k, call.v, *options, *mask, *lists]
+            call.q, call.k, call.v, options, mask, bounds, numbers, backend.NAME
+        )[:2]
+    _, mask_backward, bounds_backward, _ = packed(call, backend, "backward")
+    tensors = [call.q, call.k, call.v, *options, *mask]
     split = len(tensors)
-    tiles, lists = lists_of(call, backend, "backward")
     return TracedAttention.apply(
-        split, bounds_forward, bounds + tiles, numbers, backend.NAME, *distinct(tensors + lists)
+        split, bounds, bounds_backward, numbers, backend.NAME, *distinct(tensors + mask_backward)
     )
 
 
@@ -209,34 +289,18 @@ def distinct(tensors: list) -> list:
     return result
 
 
-def lists_of(call: Call, backend, direction: str) -> tuple[list[int], list[Tensor]]:
-    """Tile shapes, and counts and blocks, of the lists that the op walks, made by
-    tilemask::lower."""
-    mask = call.mask
-    tiles, lists = [], []
-    if mask.lo is None or backend is backends.reference:
-        return tiles, lists
-    for kernel in LISTS_OF[direction]:
-        key = backend.list_key(call, kernel)
-        if key not in mask.lists:
-            mask.lists[key] = torch.ops.tilemask.lower(mask.lo, mask.hi, mask.len_k, *key)
-        tiles += key[:2]
-        lists += mask.lists[key]
-    return tiles, lists
-
-
 class TracedAttention(torch.autograd.Function):
     """As Attention, in terms of the ops, for tracing.
 
-    Every tensor is an argument of its own: q, k, v, the four options, the five of the mask, and the
-    lists of the forward; from ``split`` on, the lists of the backward.
+    Every tensor is an argument of its own: q, k, v, the four options, the mask of the forward; from
+    ``split`` on, the mask of the backward.
     """
 
     @staticmethod
     def forward(ctx, split, bounds, bounds_backward, numbers, name, q, k, v, *rest):
         options, mask = list(rest[:4]), list(rest[4 : split - 3])
-        out, lse = torch.ops.tilemask.forward(q, k, v, options, mask, bounds, numbers, name)
-        ctx.save_for_backward(out, lse, q, k, v, *options, *rest[4:9], *rest[split - 3 :])
+        out, lse, left = torch.ops.tilemask.forward(q, k, v, options, mask, bounds, numbers, name)
+        ctx.save_for_backward(out, lse, left, q, k, v, *options, *rest[split - 3 :])
         ctx.arguments = bounds_backward, numbers, name
         ctx.has_bias, ctx.has_sinks = options[0] is not None, options[2] is not None
         ctx.constants = len(rest) - 3  # tensors after bias, alibi_slopes and sinks
@@ -246,10 +310,11 @@ class TracedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout, dlse):
         saved = ctx.saved_tensors
+        bias_gradient = ctx.has_bias and ctx.needs_input_grad[8]
         dq, dk, dv, dbias, dsinks = torch.ops.tilemask.backward(
-            dout, dlse, *saved[:5], saved[5:9], saved[9:], *ctx.arguments
+            dout, dlse, *saved[:6], saved[6:10], saved[10:], *ctx.arguments, bias_gradient
         )
-        dbias = dbias if ctx.has_bias else None
+        dbias = dbias if bias_gradient else None
         dsinks = dsinks if ctx.has_sinks else None
         constants = (None,) * ctx.constants
         return (None, None, None, None, None, dq, dk, dv, dbias, None, dsinks, *constants)

@@ -3,23 +3,80 @@
 A mask lowers to the bounds of its affine part, to explicit row intervals where the bounds do not
 say it all, and to key bits and pair bits where it is no interval. Everything is computed on the
 device without a host synchronisation, in sizes that depend on shapes alone, so that CUDA graphs
-capture it. Tile lists are built from the intervals for the tile shape of the kernel that runs, by
-the backend, and kept here.
+capture it. What a backend makes of that (packed words, tile lists for the tile shape of the kernel
+that runs) is kept here too: see Prepared and Cache.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import threading
 import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .masks import UNBOUNDED, Bounds, Mask, Rows, visible
+from . import masks
+from .masks import UNBOUNDED, Bounds, Mask, PairBits, PreparedMask, Rows, visible
 
 TILE_SYMBOLS = "./#"  # empty, partial, full
 EMPTY, PARTIAL, FULL = range(3)
-MOST_KEPT = 16  # lowered forms kept per mask object: shapes, devices and versions it is used with
+MOST_KEPT = 16  # lowered forms kept per mask object: shapes and devices it is used with
+MOST_SHARED = 64  # Prepared objects kept for views of bool tensors, the latest used
+
+
+class Prepared:
+    """What a backend made of a lowered mask: tensors, or tuples of tensors, by key.
+
+    ``make`` is how a backend asks. One object may serve several lowered masks, of several calls,
+    threads and streams. ``prepared[key]``, ``get`` and ``in`` are plain: no stream waits.
+    """
+
+    __slots__ = ("kept",)
+
+    def __init__(self):
+        self.kept: dict[Hashable, tuple] = {}  # value and Origin
+
+    def make(self, key: Hashable, function: Callable[[], Tensor | tuple[Tensor, ...]]):
+        """The value kept under ``key``, else ``function()``, which is kept from now on.
+
+        If the value was made on another CUDA stream, the current one waits for it. What is made
+        while a CUDA graph is captured is there for that capture alone. ``function`` may call
+        ``make``; it runs outside inference mode, so that its tensors may be saved by autograd.
+        """
+        kept = self.kept.get(key)
+        if kept is not None and (kept[1] is None or kept[1].reaches_here(kept[0])):
+            return kept[0]
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                value = function()
+        else:
+            value = function()
+        self.kept[key] = value, origin_of(value)
+        return value
+
+    def get(self, key: Hashable, default=None):
+        kept = self.kept.get(key)
+        return default if kept is None else kept[0]
+
+    def __getitem__(self, key):
+        return self.kept[key][0]
+
+    def __setitem__(self, key, value):
+        self.kept[key] = value, None
+
+    def __contains__(self, key):
+        return key in self.kept
+
+    def copy(self) -> Prepared:
+        """The same values in an object of their own."""
+        other = Prepared()
+        other.kept = {key: (kept[0], None) for key, kept in self.kept.items()}
+        return other
 
 
 @dataclass
@@ -30,7 +87,8 @@ class LoweredMask:
     lengths; the truth where ``batch_bounds`` is None.
     batch_bounds: int32 [B, 6], the same per batch, or None.
     lo, hi: int32 [B|1, H|1, Lq], both 0 for a row that sees nothing; None where bounds say it all.
-    key_bits: bool [B|1, 1, 1, Lk] or None. bits: bool [B|1, H|1, Lq|1, Lk|1] or None.
+    key_bits: bool [B|1, 1, 1, Lk] or None. bits: PairBits or None.
+    prepared: what a backend made of it: packed words, tile lists.
     """
 
     len_q: int
@@ -40,8 +98,8 @@ class LoweredMask:
     lo: Tensor | None = None
     hi: Tensor | None = None
     key_bits: Tensor | None = None
-    bits: Tensor | None = None
-    lists: dict = field(default_factory=dict)  # of tile lists, filled by the backend
+    bits: PairBits | None = None
+    prepared: Prepared = field(default_factory=lambda: Prepared())  # Dynamo refuses the bare class
 
     @property
     def is_everything(self) -> bool:
@@ -107,20 +165,45 @@ def lower(mask: Mask | None, B: int, H: int, Lq: int, Lk: int, device) -> Lowere
     """Lower ``mask`` (None = everything visible), or return what was kept from an earlier call.
 
     The lowered form is kept with the mask object while the tensors it was made from are unchanged,
-    on the stream it was made on.
+    on the stream it was made on. What backends prepare for bool tensors is kept by storage.
     """
     if mask is None:
         return LoweredMask(Lq, Lk, everything(Lq, Lk))
-    kept = kept_forms(mask, device)
-    key = None if kept is None else (B, H, Lq, Lk, device, *state_of(mask, device))
-    if kept is not None and key in kept:
-        return kept[key]
+    if type(mask) is PreparedMask:
+        return lowered_already(mask, B, H, Lq, Lk, device)
+    tensors = mask.tensors()
+    cache = cache_for(tensors, device)
+    if cache is None:
+        return lower_anew(mask, B, H, Lq, Lk, device)
+    kept = cache.forms(mask)
+    key = (B, H, Lq, Lk, device, stream_id(device), torch.is_inference_mode_enabled())
+    versions = tuple([t._version for t in tensors])
+    seen, lowered = kept.get(key, (None, None))
+    if seen == versions:
+        return lowered
     lowered = lower_anew(mask, B, H, Lq, Lk, device)
-    if kept is not None:
-        if len(kept) >= MOST_KEPT:
-            kept.clear()
-        kept[key] = lowered
+    planes = planes_of(mask, lowered)
+    if planes:
+        lowered.prepared = cache.prepared_for(planes, B, H, lowered, device)
+    if len(kept) >= MOST_KEPT:
+        kept.clear()
+    kept[key] = versions, lowered
     return lowered
+
+
+def lowered_already(mask: PreparedMask, B: int, H: int, Lq: int, Lk: int, device) -> LoweredMask:
+    """The form that masks.prepare() made, for a call of these sizes."""
+    if (B, H, Lq, Lk) != mask.sizes or device != mask.device:
+        names = "B = {}, Hq = {}, Lq = {}, Lk = {} on {}"
+        raise ValueError(
+            f"the mask was prepared for {names.format(*mask.sizes, mask.device)}, the call has "
+            f"{names.format(B, H, Lq, Lk, device)}: prepare it again from the mask it was made of"
+        )
+    own = mask.lowered
+    if not is_watched():
+        return own
+    parts = (own.batch_bounds, own.lo, own.hi, own.key_bits, own.bits)
+    return LoweredMask(own.len_q, own.len_k, own.bounds, *parts, own.prepared.copy())
 
 
 def everything(len_q: int, len_k: int) -> tuple[int, int, int, int, int, int]:
@@ -150,9 +233,11 @@ def lower_anew(mask: Mask, B: int, H: int, Lq: int, Lk: int, device) -> LoweredM
 def clamped(bounds: Bounds, B: int, Lq: int, Lk: int):
     """Bounds inside the lengths: (six ints, None), or (six ints that hold for all, int32 [B,
     6])."""
+    if not any(isinstance(value, Tensor) for value in bounds):
+        start, end, left, right, q_start, q_end = bounds
+        left, right = max(left, -UNBOUNDED), min(right, UNBOUNDED)
+        return (max(start, 0), min(end, Lk), left, right, max(q_start, 0), min(q_end, Lq)), None
     inside = bounds & Bounds(*everything(Lq, Lk))
-    if not any(isinstance(value, Tensor) for value in inside):
-        return tuple(inside), None
     device = next(value.device for value in inside if isinstance(value, Tensor))
     columns = [
         value.reshape(-1).expand(B)
@@ -163,33 +248,202 @@ def clamped(bounds: Bounds, B: int, Lq: int, Lk: int):
     return everything(Lq, Lk), torch.stack(columns, 1).to(torch.int32)
 
 
-# -- keeping lowered forms ------------------------------------------------------------------------
-
-_kept: weakref.WeakKeyDictionary[Mask, dict] = weakref.WeakKeyDictionary()
+# -- keeping --------------------------------------------------------------------------------------
 
 
-def kept_forms(mask: Mask, device) -> dict | None:
-    """Where lowered forms of ``mask`` are kept; None where nothing may be kept.
+class Cache:
+    """Lowered forms by mask object, and Prepared objects by the storages of bool tensors.
 
-    Nothing is kept while tracing, transforming or capturing a graph (tensors live in the graph),
-    nor for inference tensors, whose changes cannot be seen.
+    Of tensors that share a storage only views share a version counter too, and with it what is
+    kept; ``.data`` has a counter of its own. Nobody else's mask or tensor is kept alive.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return None
-    if torch._C._functorch.maybe_current_level() is not None:
-        return None
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return None
-    if any(type(t) is not Tensor or t.is_inference() for t in mask.tensors()):
-        return None
-    return _kept.setdefault(mask, {})
+
+    def __init__(self):
+        self.by_mask: weakref.WeakKeyDictionary[Mask, dict] = weakref.WeakKeyDictionary()
+        self.by_storage: OrderedDict[tuple, tuple] = OrderedDict()
+        self.lock = threading.RLock()  # a collection inside may run anything
+
+    def forms(self, mask: Mask) -> dict:
+        return self.by_mask.setdefault(mask, {})
+
+    def prepared_for(self, planes, B: int, H: int, lowered: LoweredMask, device) -> Prepared:
+        """The Prepared of ``lowered``, whose bits are those of ``planes`` alone."""
+        key = (B, H, lowered.len_q, lowered.len_k, device, lowered.bounds)
+        sources, versions = [], []
+        for kind, t in planes:
+            storage, base = t.untyped_storage(), t._base
+            sources += storage, t if base is None else base  # which has the counter of all views
+            versions.append(t._version)
+            key += kind, id(storage), t.storage_offset(), t.dtype, t.shape, t.stride()
+        with self.lock:
+            entry = self.by_storage.get(key)
+            if entry is not None:
+                seen, owners, prepared = entry
+                same = all([ref() is s for ref, s in zip(owners, sources, strict=True)])
+                if same and seen == versions:
+                    self.by_storage.move_to_end(key)
+                    return prepared
+            forget = functools.partial(drop, weakref.ref(self), key)
+            owners, prepared = [weakref.ref(s, forget) for s in sources], Prepared()
+            self.by_storage[key] = versions, owners, prepared
+            self.by_storage.move_to_end(key)
+            if len(self.by_storage) > MOST_SHARED:
+                self.by_storage.popitem(last=False)
+        return prepared
 
 
-def state_of(mask: Mask, device) -> tuple:
-    """What must be unchanged for a kept form to be valid: the versions of the mask's tensors, the
-    stream, and inference mode, whose tensors autograd cannot save."""
-    stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
-    return (stream, torch.is_inference_mode_enabled(), *(t._version for t in mask.tensors()))
+def drop(cache: weakref.ref[Cache], key: tuple, _owner) -> None:
+    """A source has died: forget what was made of it. Takes no lock: it may run anywhere."""
+    alive = cache()
+    if alive is not None:
+        alive.by_storage.pop(key, None)
+
+
+_cache = Cache()
+_captured: tuple[Hashable, Cache] | None = None  # the graph capture under way, and what it keeps
+
+
+def cache_for(tensors: tuple[Tensor, ...], device) -> Cache | None:
+    """Where to keep what is made of a mask of these tensors; None where nothing may be kept.
+
+    Nothing is kept while tracing or transforming (tensors live in the graph), nor for inference
+    tensors, whose changes cannot be seen. A graph that is captured keeps for itself: its tensors
+    have values in its replays alone, and each replay must read the mask anew.
+    """
+    global _captured
+    if is_watched() or not masks.is_caching():
+        return None
+    for tensor in tensors:
+        if type(tensor) is not Tensor or tensor.is_inference():
+            return None
+    capture = capture_id(device)
+    if capture is None:
+        _captured = None
+        return _cache
+    current = _captured
+    if current is None or current[0] != capture:
+        current = _captured = capture, Cache()
+    return current[1]
+
+
+def is_watched() -> bool:
+    """Whether tensors live in somebody's graph."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.maybe_current_level() is not None
+    )
+
+
+def forget_all() -> None:
+    """Drop everything that is kept."""
+    global _cache, _captured
+    _cache, _captured = Cache(), None
+
+
+BOUNDS_ONLY = (masks.Band, masks.Padding, AffineMask)  # of ints: the lowered bounds say it all
+
+
+def planes_of(mask: Mask, lowered: LoweredMask) -> list[tuple[type, Tensor]]:
+    """The bool tensors of a mask that is nothing but them and integers; else none."""
+    if lowered.lo is not None or lowered.batch_bounds is not None:
+        return []
+    planes = []
+    for part in masks.parts_of(mask):
+        if type(part) is masks.Dense:
+            planes.append((masks.Dense, part.mask))
+        elif type(part) is masks.KeyBits:
+            planes.append((masks.KeyBits, part.keep))
+        elif type(part) not in BOUNDS_ONLY:
+            return []
+    return planes
+
+
+# -- streams and graph captures -------------------------------------------------------------------
+
+
+class Origin:
+    """Where on a GPU a value was made: the stream, an event behind the work, the graph capture."""
+
+    __slots__ = ("capture", "device", "event", "streams")
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.capture = capture_id(device)
+        self.streams = {stream_id(device)}  # those that are behind the event
+        self.event = current_stream(device).record_event()
+
+    def reaches_here(self, value) -> bool:
+        """Let the current stream wait for the value where it must; False if it has none here."""
+        stream = stream_id(self.device)
+        if self.capture is None and stream in self.streams:
+            return True
+        capture = capture_id(self.device)
+        if self.capture is None and capture is not None:
+            return True  # torch.cuda.graph() synchronises first; a captured wait would be an error
+        if self.capture != capture:
+            return False
+        if stream not in self.streams:
+            current = current_stream(self.device)
+            current.wait_event(self.event)
+            for tensor in value if isinstance(value, tuple) else (value,):
+                tensor.record_stream(current)
+            self.streams.add(stream)
+        return True
+
+
+def origin_of(value) -> Origin | None:
+    """Where a value was made; None where there are no streams, or no values."""
+    tensor = value[0] if isinstance(value, tuple) else value
+    if is_watched() or type(tensor) is not Tensor or not has_streams(tensor.device):
+        return None
+    return Origin(tensor.device)
+
+
+def has_streams(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def current_stream(device: torch.device):
+    return torch.cuda.current_stream(device)
+
+
+def stream_id(device: torch.device) -> int:
+    """The handle of the device's current stream; 0 where there are no streams."""
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+
+
+def capture_id(device: torch.device) -> Hashable | None:
+    """The id of the graph capture that the device's current stream takes part in; None if none."""
+    if device.type != "cuda":
+        return None
+    current = torch.cuda.current_device() == device.index  # torch can only tell about this one
+    if current and not torch.cuda.is_current_stream_capturing():
+        return None
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    try:
+        failed = capture_info()(stream_id(device), status, number, None, None, None)
+    except (OSError, AttributeError):  # no such driver
+        failed = True
+    if failed or status.value == 2:  # invalidated
+        return object()  # like no other
+    return number.value if status.value == 1 else None
+
+
+@functools.cache
+def capture_info():
+    """cuStreamGetCaptureInfo_v2 of the CUDA driver."""
+    function = ctypes.CDLL("libcuda.so.1").cuStreamGetCaptureInfo_v2
+    function.argtypes = [
+        ctypes.c_void_p,  # stream
+        ctypes.POINTER(ctypes.c_int),  # status: 0 none, 1 active, 2 invalidated
+        ctypes.POINTER(ctypes.c_uint64),  # id
+        ctypes.c_void_p,  # graph, dependencies and their number: not asked for
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+    ]
+    function.restype = ctypes.c_int
+    return function
 
 
 # -- tile classes ---------------------------------------------------------------------------------
@@ -210,8 +464,7 @@ def tile_classes(mask: Mask | None, B: int, H: int, Lq: int, Lk: int, tile, devi
     strips = []
     for first in range(0, Lq, block_m):
         rows = slice(first, first + block_m)
-        bits = lowered.bits
-        bits = bits[:, :, rows] if bits is not None and bits.shape[2] > 1 else bits
+        bits = None if lowered.bits is None else lowered.bits.rows(first, block_m)
         seen = visible(lo[..., rows], hi[..., rows], lowered.key_bits, bits, cols)
         alive = seen.any(-1, keepdim=True)
         filled = torch.nn.functional.pad(seen | ~alive, (0, columns * block_n - Lk))

@@ -17,12 +17,18 @@ visible means. Positions are global: row ``i`` and column ``j`` count from 0 in 
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .lowering import LoweredMask
 
 UNBOUNDED = 1 << 30  # beyond every length; sums of two still fit in int32
 
@@ -120,6 +126,60 @@ class Rows:
         return self
 
 
+class PairBits:
+    """One bool per (row, key) pair, for masks that are no interval; made for some rows at a time.
+
+    shape: (B|1, H|1, Lq|1, Lk). rows(first, count): bool [B|1, H|1, count|1, Lk] of the rows from
+    ``first``. view: the tensor that holds them as they are, bool [B1|1, B2|1, H|1, Lq|1, Lk] with
+    any strides and B1 * B2 = B; None where they are computed.
+    """
+
+    def __init__(
+        self, shape: tuple, rows: Callable[[int, int], Tensor], view: Tensor | None = None
+    ):
+        self.shape = shape
+        self.rows = rows
+        self.view = view
+
+    @classmethod
+    def of(cls, view: Tensor, batch: int) -> PairBits:
+        """The pairs that a 5-D view holds, for ``batch`` = B."""
+        outer, inner, *shape = view.shape
+        several = outer != 1 or inner != 1
+
+        def rows(first, count):
+            part = view if shape[1] == 1 else view[:, :, :, first : first + count]
+            if not several:
+                return part[0]
+            return part.expand(*split_batch(batch, outer, inner), -1, -1, -1).flatten(0, 1)
+
+        return cls((batch if several else 1, *shape), rows, view)
+
+    def tensor(self, len_q: int) -> Tensor:
+        """All of it, 5-D: the view, or computed."""
+        return self.rows(0, len_q)[:, None] if self.view is None else self.view
+
+    def __and__(self, other: PairBits) -> PairBits:
+        return PairBits(
+            torch.broadcast_shapes(self.shape, other.shape),
+            lambda first, count: self.rows(first, count) & other.rows(first, count),
+        )
+
+
+def split_batch(batch: int, outer: int, inner: int) -> tuple[int, int]:
+    """(B1, B2) of two batch dimensions that are flattened to ``batch``, from what a tensor has of
+    each: its size or 1. (0, 0) if there is no such split.
+    """
+    if outer == 1 and inner == 1:
+        return batch, 1
+    if outer == 1:
+        first, second = batch // inner if inner else 1, inner
+    else:
+        first, second = outer, batch // outer if outer else inner
+    fits = first * second == batch and repeats(outer, first) and repeats(inner, second)
+    return (first, second) if fits else (0, 0)
+
+
 def visible(lo, hi, key_bits, bits, cols: Tensor) -> Tensor:
     """The definition, for all backends: which pairs are visible.
 
@@ -152,8 +212,8 @@ class Mask:
         """Bool [B|1, 1, 1, Lk], True = may be seen; None if every key may."""
         return None
 
-    def bits(self, batch: int, heads: int, len_q: int, len_k: int, device) -> Tensor | None:
-        """Bool [B|1, H|1, Lq|1, Lk|1]; None if intervals and key bits say it all."""
+    def bits(self, batch: int, heads: int, len_q: int, len_k: int, device) -> PairBits | None:
+        """Bits per pair; None if intervals and key bits say it all."""
         return None
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -189,6 +249,7 @@ class Mask:
         cols = torch.arange(Lk, device=device)
         key_bits = self.key_bits(B, Lk, device)
         bits = self.bits(B, H, Lq, Lk, device)
+        bits = None if bits is None else bits.rows(0, Lq)
         return visible(lo, hi, key_bits, bits, cols).expand(B, H, Lq, Lk)
 
     def picture(self, Lq: int, Lk: int, *, B: int = 1, H: int = 1, tile=(64, 64), batch=0, head=0):
@@ -203,6 +264,8 @@ class Mask:
 
 
 def parts_of(mask: Mask) -> tuple[Mask, ...]:
+    if isinstance(mask, PreparedMask):
+        mask = mask.source
     return mask.parts if isinstance(mask, All) else (mask,)
 
 
@@ -213,10 +276,7 @@ class All(Mask):
     parts: tuple[Mask, ...]
 
     def bounds(self, rows):
-        result = Bounds()
-        for part in self.parts:
-            result = result & part.bounds(rows)
-        return result
+        return functools.reduce(Bounds.__and__, [part.bounds(rows) for part in self.parts])
 
     def explicit(self, rows):
         result = None
@@ -237,7 +297,8 @@ class All(Mask):
         return tuple(t for part in self.parts for t in part.tensors())
 
 
-def intersection(planes) -> Tensor | None:
+def intersection(planes):
+    """``&`` of what is not None; None if all are."""
     result = None
     for plane in planes:
         if plane is not None:
@@ -476,9 +537,14 @@ class Documents(Mask):
         if self.contiguous:
             return None
         query_ids, key_ids = self.ids(batch, len_q, len_k, device)
-        same = query_ids[:, None, :, None] == key_ids[:, None, None, :]
+        shape = (max(query_ids.shape[0], key_ids.shape[0]), 1, len_q, len_k)
+
+        def same(first, count):
+            some = query_ids[:, None, first : first + count, None]
+            return some == key_ids[:, None, None, :]
+
         if self.within is None:
-            return same
+            return PairBits(shape, same)
         _, count_k = run_of(query_ids, key_ids)
         _, count_q = run_of(query_ids, query_ids)
         count_k, count_q = count_k[:, None, :], count_q[:, None, :]
@@ -487,7 +553,13 @@ class Documents(Mask):
             count_q, count_k, 1, device, index=position, sequence=torch.zeros_like(count_q)
         )
         lo, hi = self.within.interval(local)
-        return same & visible(lo, hi, None, None, rank_in_run(key_ids)[:, None, None, :])
+        place = rank_in_run(key_ids)[:, None, None, :]
+
+        def same_within(first, count):
+            some = slice(first, first + count)
+            return visible(lo[..., some], hi[..., some], None, same(first, count), place)
+
+        return PairBits(shape, same_within)
 
     def tensors(self):
         inner = self.within.tensors() if self.within is not None else ()
@@ -525,17 +597,50 @@ def check_contiguous(ids: Tensor, name: str):
             )
 
 
+def without_repeats(tensor: Tensor) -> Tensor:
+    """The tensor with size 1 where it repeats by stride 0."""
+    stride = tensor.stride()
+    if 0 in stride:
+        for dim, size in enumerate(tensor.shape):
+            if stride[dim] == 0 and size > 1:
+                tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Dense(Mask):
-    """Any bool tensor that broadcasts to [B, H, Lq, Lk]."""
+    """Any bool tensor that broadcasts to [B, H, Lq, Lk].
+
+    Where it does not depend on the key it is an interval per row, where it depends on the key alone
+    it is key bits, and only else bits per pair.
+    """
 
     mask: Tensor = field(repr=False)
 
-    def bits(self, batch, heads, len_q, len_k, device):
+    def kind(self) -> str:
+        """Which of explicit, key_bits and bits says it."""
+        shape, stride = self.mask.shape, self.mask.stride()
+        if shape[-1] == 1 or stride[-1] == 0:
+            return "explicit"
+        rows = shape[-2] != 1 and stride[-2] != 0
+        heads = len(shape) > 2 and shape[-3] != 1 and stride[-3] != 0
+        return "bits" if rows or heads else "key_bits"
+
+    def fitted(self, batch, heads, len_q, len_k) -> Tensor:
+        """The tensor as a view [B1|1, B2|1, H|1, Lq|1, Lk|1], 1 where it repeats by stride 0."""
+        mask, shape = self.mask, tuple(self.mask.shape)
         full = (batch, heads, len_q, len_k)
-        shape = tuple(self.mask.shape)
-        padded = (1,) * (4 - len(shape)) + shape
-        if not all(repeats(have, want) for have, want in zip(padded, full, strict=True)):
+        if len(shape) < 5:
+            if len(shape) < 4:
+                mask = mask.reshape((1,) * (4 - len(shape)) + shape)
+            fits = all([repeats(have, want) for have, want in zip(mask.shape, full, strict=True)])
+            mask = mask.unsqueeze(1)
+        else:
+            fits = split_batch(batch, *shape[:2]) != (0, 0) or batch == 0
+            fits = fits and all(
+                repeats(n, want) for n, want in zip(shape[2:], full[1:], strict=True)
+            )
+        if not fits:
             raise ValueError(
                 f"the mask has shape {shape}, which does not broadcast to (B, H, Lq, Lk) = {full}"
                 + (
@@ -544,7 +649,28 @@ class Dense(Mask):
                     else ""
                 )
             )
-        return self.mask.to(device).reshape(padded)
+        return without_repeats(mask)
+
+    def explicit(self, rows):
+        if self.kind() != "explicit":
+            return None
+        mask = self.fitted(rows.batch, rows.heads, rows.len_q, rows.len_k)
+        alive = PairBits.of(mask.to(rows.device), rows.batch).rows(0, rows.len_q)[..., 0]
+        hi = torch.where(alive, rows.len_k, 0)
+        return torch.zeros_like(hi), hi
+
+    def key_bits(self, batch, len_k, device):
+        if self.kind() != "key_bits":
+            return None
+        heads, len_q = self.mask.shape[-3:-1] if self.mask.dim() > 2 else (1, self.mask.shape[0])
+        mask = self.fitted(batch, heads, len_q, len_k)
+        return PairBits.of(mask.to(device), batch).rows(0, 1)
+
+    def bits(self, batch, heads, len_q, len_k, device):
+        if self.kind() != "bits":
+            return None
+        mask = self.fitted(batch, heads, len_q, len_k)
+        return PairBits.of(mask.to(device), batch)
 
     def bounds(self, rows):
         rows.outermost("dense()")
@@ -552,6 +678,34 @@ class Dense(Mask):
 
     def tensors(self):
         return (self.mask,)
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedMask(Mask):
+    """A mask in the lowered form it had when ``prepare`` made it, for calls of one kind."""
+
+    source: Mask = field(repr=False)  # with tensors of its own
+    lowered: LoweredMask = field(repr=False)
+    sizes: tuple[int, int, int, int]  # B, H, Lq, Lk
+    device: torch.device
+
+    def bounds(self, rows):
+        return self.source.bounds(rows)
+
+    def explicit(self, rows):
+        return self.source.explicit(rows)
+
+    def key_bits(self, batch, len_k, device):
+        return self.source.key_bits(batch, len_k, device)
+
+    def bits(self, batch, heads, len_q, len_k, device):
+        return self.source.bits(batch, heads, len_q, len_k, device)
+
+    def tensors(self):
+        return self.source.tensors()
+
+    def picture(self, Lq, Lk, **options):
+        return self.source.picture(Lq, Lk, **options)
 
 
 # -- constructors ---------------------------------------------------------------------------------
@@ -689,18 +843,112 @@ def intervals(lo: Tensor, hi: Tensor) -> Mask:
 
 
 def dense(mask: Tensor) -> Mask:
-    """Any bool tensor that broadcasts to [B, H, Lq, Lk], 2-D to 4-D; True = may attend."""
+    """Any bool tensor that broadcasts to [B, H, Lq, Lk], 2-D to 4-D; True = may attend.
+
+    A 5-D one is [B1|1, B2|1, H|1, Lq|1, Lk|1] with B1 * B2 = B: the two batch dimensions that were
+    flattened to B (windows of a Swin block, rows of an alignment), where it repeats over one.
+    """
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(
             f"a dense mask must be a bool tensor, True = may attend; got {describe(mask)}"
             " (a float mask is a bias: pass bias=)"
         )
-    if not 2 <= mask.dim() <= 4:
+    if not 2 <= mask.dim() <= 5:
         raise ValueError(
-            f"a dense mask must be (Lq, Lk), (H, Lq, Lk) or (B, H, Lq, Lk), got {describe(mask)}"
+            "a dense mask must be (Lq, Lk), (H, Lq, Lk), (B, H, Lq, Lk) or (B1, B2, H, Lq, Lk), "
+            f"got {describe(mask)}"
             "; for a padding mask use masks.padding(keep=mask)"
         )
     return Dense(mask)
+
+
+# -- preparing, and what is kept ------------------------------------------------------------------
+
+
+def prepare(
+    mask: Mask | Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None = None,
+    *,
+    backward: bool | None = None,
+) -> PreparedMask:
+    """``mask`` with everything done that attention(q, k, v, mask=...) would do to it.
+
+    mask: a mask, or a bool tensor for ``dense``. The result holds for calls with the same B, Hq,
+    Lq, Lk and device, and shows the mask as it is now: its tensors are copied. Of q, k and v the
+    shapes, dtype and strides are looked at; v is by default as wide as k. backward: whether to
+    prepare for the backward too, by default where gradients are enabled; what was not prepared is
+    made in the first call that needs it.
+    """
+    from . import backends, lowering  # they read masks, so not at import time
+    from .attention import checked
+
+    if isinstance(mask, Tensor):
+        mask = dense(mask)
+    if not isinstance(mask, Mask):
+        raise TypeError(f"mask must be a tilemask mask or a bool tensor, got {describe(mask)}")
+    backward = torch.is_grad_enabled() if backward is None else backward
+    call = checked(q, k, k if v is None else v)
+    sizes, device = (*call.q.shape[:3], call.k.shape[2]), call.q.device
+    with torch.inference_mode(False), torch.no_grad():
+        source = copied(mask)
+        call.mask = lowering.lower_anew(source, *sizes, device)
+        fill = getattr(backends.choose(call), "prepare", None)
+        if fill is not None:
+            fill(call, backward)
+    return PreparedMask(source, call.mask, sizes, device)
+
+
+def copied(value):
+    """A copy of a mask and its tensors, the latter without what repeats by stride 0."""
+    if isinstance(value, Tensor):
+        return without_repeats(value).clone().expand(value.shape)
+    if isinstance(value, PreparedMask):
+        return value.source  # a copy already
+    if isinstance(value, tuple):
+        return tuple(copied(item) for item in value)
+    if not isinstance(value, Mask):
+        return value
+    result = copy.copy(value)
+    for name, item in vars(value).items():
+        object.__setattr__(result, name, copied(item))
+    return result
+
+
+class caching:
+    """``with caching(False):`` keeps nothing of any mask inside the block; for the whole process.
+
+    For masks that are written where PyTorch counts no versions: through ``.data``, NumPy, DLPack or
+    raw pointers. Takes effect when called, so ``caching(False)`` alone switches off for good.
+    Whatever was kept is dropped. TILEMASK_MASK_CACHE=0 in the environment does the same.
+    """
+
+    def __init__(self, on: bool):
+        self.before = _caching
+        set_caching(on)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        set_caching(self.before)
+
+
+_caching = os.environ.get("TILEMASK_MASK_CACHE", "1") != "0"
+
+
+def is_caching() -> bool:
+    """Whether anything is kept of masks between calls."""
+    return _caching
+
+
+def set_caching(on: bool) -> None:
+    global _caching
+    from . import lowering
+
+    _caching = bool(on)
+    lowering.forget_all()
 
 
 # -- checks of the constructors' arguments --------------------------------------------------------

@@ -1,10 +1,11 @@
 """The ways to compute attention, in the order in which they are tried.
 
-A backend is a module with a ``NAME`` and three functions:
+A backend is a module with a ``NAME`` and four functions:
 
 * ``why_not(call) -> str | None``: None if it can run the call, else one sentence;
-* ``forward(call) -> (out, lse)``;
-* ``backward(call, out, lse, dout, dlse) -> Gradients``.
+* ``forward(call) -> (out, lse, rest)``, ``rest`` for its own backward (the reference: (out, lse));
+* ``backward(call, out, lse, rest, dout, dlse, bias_gradient) -> Gradients``;
+* ``weights(call, reduce)``: the probabilities, or sums of them.
 
 The first backend that answers None runs. An exception in a kernel is never a reason to try the
 next.
@@ -28,8 +29,8 @@ from . import reference, triton
 class Call:
     """One checked call of attention().
 
-    q [B, Hq, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, Dv]; bias broadcasts to [B, Hq, Lq, Lk] and
-    has 4 dimensions; alibi_slopes [B|1, Hq]; sinks [Hq]; dropout_seed int64 [1].
+    q [B, Hq, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, Dv]; bias [B1|1, B2|1, Hq|1, Lq|1, Lk|1]
+    with B1 * B2 = B; alibi_slopes [B|1, Hq]; sinks [Hq]; dropout_seed int64 [1].
     """
 
     q: Tensor

@@ -11,6 +11,8 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ OLDEST = (3, 6)  # of Triton
 WIDEST = 256
 LONGEST = 1 << 30  # positions are int32 in the kernels
 WIDEST_STRIDE = 1 << 23  # offsets inside a tile are int32 too
+STRIP = 1 << 25  # bits per pair computed at a time, before they are packed
 
 
 def asked_once(function):
@@ -92,17 +95,8 @@ def why_not(call) -> str | None:
         return f"lengths go up to {LONGEST - 1}, got Lq = {q.shape[2]} and Lk = {k.shape[2]}"
     if max(q.stride(2), k.stride(2), v.stride(2)) >= WIDEST_STRIDE:
         return f"a row stride of q, k or v is {WIDEST_STRIDE} elements or more"
-    if call.mask.bits is not None:
-        return "the mask needs bits per pair, which the Triton kernels do not read yet"
-    if call.mask.key_bits is not None:
-        return "the mask has key bits (holes), which the Triton kernels do not read yet"
-    for name in ("bias", "alibi_slopes", "sinks"):
-        if getattr(call, name) is not None:
-            return f"{name} is not in the Triton kernels yet"
-    if call.softcap:
-        return "softcap is not in the Triton kernels yet"
-    if call.dropout_p:
-        return "dropout is not in the Triton kernels yet"
+    if call.bias is not None and max(call.bias.stride()[3:]) >= WIDEST_STRIDE:
+        return f"a row or column stride of bias is {WIDEST_STRIDE} elements or more"
     return None
 
 
@@ -120,7 +114,8 @@ def config(call, kernel: str):
 
     arithmetic = precision(call.q.dtype) if call.q.dtype == torch.float32 else "half"
     width = max(call.q.shape[3], call.v.shape[3])
-    return tuning.pick(kernel, arithmetic, architecture(call.q.device), width)
+    heavy = has_bits(call.mask) or not is_plain(call)
+    return tuning.pick(kernel, arithmetic, architecture(call.q.device), width, heavy)
 
 
 def tile(call) -> tuple[int, int]:
@@ -128,17 +123,94 @@ def tile(call) -> tuple[int, int]:
     return config(call, "forward")[:2]
 
 
-def lists_for(call, kernel: str, tile) -> tuple[Tensor, Tensor] | None:
-    """Tile lists that ``kernel`` walks: None for affine masks, else kept with the lowered mask."""
-    mask = call.mask
-    if mask.lo is None:
-        return None
-    key = tile.block_m, tile.block_n, kernel == "dkv"
-    if key not in mask.lists:
-        from ..kernels.pack import build_lists
+# -- what the kernels read of a mask --------------------------------------------------------------
 
-        mask.lists[key] = build_lists(mask.lo, mask.hi, mask.len_k, *key)
-    return mask.lists[key]
+
+class Steps(NamedTuple):
+    """The functions of tilemask.kernels.pack, or the ops that stand for them while tracing."""
+
+    pack: Callable
+    transpose: Callable
+    live: Callable
+    lower: Callable
+    traced: bool = False
+
+
+@functools.cache
+def launched() -> Steps:
+    from ..kernels import pack
+
+    return Steps(pack.pack_bits, pack.transpose_words, pack.live_rows, pack.build_lists)
+
+
+def sizes_of(call) -> list[int]:
+    return [call.q.shape[0], call.q.shape[1], call.mask.len_q, call.mask.len_k]
+
+
+def words_of(mask, steps: Steps) -> Tensor | None:
+    """Packed bits per pair; None if the mask has none."""
+    if mask.bits is None:
+        return mask.prepared.get("words")
+    return mask.prepared.make("words", lambda: packed(mask.bits, mask.len_q, steps))
+
+
+def packed(bits, len_q: int, steps: Steps) -> Tensor:
+    """The words of PairBits. Computed bits are packed strip by strip: never all there at once."""
+    batch, heads, rows, len_k = bits.shape
+    if bits.view is not None or steps.traced:
+        return steps.pack(bits.tensor(len_q))
+    strip = max(64, STRIP // max(1, batch * heads * len_k) // 64 * 64)
+    if strip >= rows:
+        return steps.pack(bits.rows(0, len_q)[:, None])
+    words = None
+    for first in range(0, rows, strip):
+        part = bits.rows(first, strip)[:, None]
+        if words is None:
+            shape = (batch, 1, heads, -(-len_k // 128), rows, 4)
+            words = torch.empty(shape, dtype=torch.int32, device=part.device)
+        steps.pack(part, words, first)
+    return words
+
+
+def keys_of(mask, steps: Steps) -> Tensor | None:
+    """Packed key bits; None if the mask has none."""
+    if mask.key_bits is None:
+        return mask.prepared.get("keys")
+    return mask.prepared.make("keys", lambda: steps.pack(mask.key_bits[:, None]))
+
+
+def mask_parts(call, steps: Steps, transposed: bool = False) -> list[Tensor | None]:
+    """The tensors that kernels.masks.mask_args takes, made where they are not kept."""
+    mask = call.mask
+    words, keys = words_of(mask, steps), keys_of(mask, steps)
+    parts = [mask.batch_bounds, mask.lo, mask.hi, None, words, keys]
+    if words is not None or keys is not None:
+        made = list(parts)
+        parts[3] = mask.prepared.make(
+            "live", lambda: steps.live(made, list(mask.bounds), sizes_of(call))
+        )
+    if transposed and words is not None:
+        parts[4] = mask.prepared.make(
+            "transposed", lambda: steps.transpose(words, mask.len_q, mask.len_k)
+        )
+    return parts
+
+
+def has_bits(mask) -> bool:
+    """Whether a mask has words or key words, or will have."""
+    return mask.bits is not None or mask.key_bits is not None or "live" in mask.prepared
+
+
+def lists_for(call, kernel: str, steps: Steps) -> tuple[Tensor, Tensor] | None:
+    """Tile lists that ``kernel`` walks: None for affine masks."""
+    mask = call.mask
+    if mask.lo is None and not has_bits(mask):
+        return None
+    key = list_key(call, kernel)
+    parts = mask_parts(call, steps)
+    return mask.prepared.make(
+        key, lambda: steps.lower(parts, list(mask.bounds), sizes_of(call), *key)
+    )
 
 
 def list_key(call, kernel: str) -> tuple[int, int, bool]:
@@ -147,15 +219,43 @@ def list_key(call, kernel: str) -> tuple[int, int, bool]:
     return tile.block_m, tile.block_n, kernel == "dkv"
 
 
-def mask_args(mask):
-    from ..kernels.masks import MaskArgs
+def prepare(call, backward: bool, steps: Steps | None = None) -> None:
+    """Make and keep all that the kernels read of the call's mask."""
+    if steps is None:  # for masks.prepare()
+        with on_device(call.q):
+            return prepare(call, backward, launched())
+    for kernel in ("forward", "dq", "dkv") if backward else ("forward",):
+        lists_for(call, kernel, steps)
+    mask_parts(call, steps, transposed=backward)
 
-    if mask.lo is None:
-        return MaskArgs(mask.batch_bounds, None, None, 0, 0)
-    batch, heads, _ = mask.lo.shape
-    return MaskArgs(
-        mask.batch_bounds, mask.lo, mask.hi, heads if batch > 1 else 0, 1 if heads > 1 else 0
+
+def mask_of(call, transposed: bool = False):
+    """MaskArgs of a call."""
+    from ..kernels.masks import mask_args
+
+    return mask_args(mask_parts(call, launched(), transposed), call.q.shape[0], transposed)
+
+
+def score_of(call):
+    """ScoreArgs of a call."""
+    from ..kernels.scores import ScoreArgs, score_args
+
+    if is_plain(call):
+        return ScoreArgs()
+    return score_args(
+        call.softcap,
+        call.bias,
+        call.alibi_slopes,
+        call.sinks,
+        call.dropout_p,
+        call.dropout_seed,
+        call.q.shape[0],
     )
+
+
+def is_plain(call) -> bool:
+    tensors = (call.bias, call.alibi_slopes, call.sinks)
+    return not (call.softcap or call.dropout_p or any(t is not None for t in tensors))
 
 
 def unit_stride(tensor: Tensor) -> Tensor:
@@ -164,15 +264,17 @@ def unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def forward(call, visits: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """out [B, Hq, Lq, Dv] in q's dtype and order, lse float32 [B, Hq, Lq]."""
+def forward(call, visits: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """out [B, Hq, Lq, Dv] in q's dtype and order, lse float32 [B, Hq, Lq], and what the backward
+    needs beside it: ``rest``, float32 [B, Hq, Lq], in some calls.
+    """
     from ..kernels.forward import forward as launch
     from . import empty_like_query
 
     q, k, v = unit_stride(call.q), unit_stride(call.k), unit_stride(call.v)
     out = empty_like_query(q, v.shape[3])
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    tile = config(call, "forward")
+    rest = torch.empty_like(lse) if has_rest(call) else None
     with on_device(q):
         launch(
             q,
@@ -180,27 +282,37 @@ def forward(call, visits: Tensor | None = None) -> tuple[Tensor, Tensor]:
             v,
             out,
             lse,
+            rest,
             call.mask.bounds,
-            mask_args(call.mask),
-            lists_for(call, "forward", tile),
+            mask_of(call),
+            lists_for(call, "forward", launched()),
+            score_of(call),
             call.scale,
             precision(q.dtype),
-            tile,
+            config(call, "forward"),
             INTERPRETED,
             visits,
         )
-    return out, lse
+    return out, lse, rest
+
+
+def has_rest(call) -> bool:
+    """Whether lse alone is too coarse, or (with sinks) does not tell rows that see nothing."""
+    return call.bias is not None or call.sinks is not None or call.q.dtype == torch.float32
 
 
 def backward(
     call,
     out: Tensor,
     lse: Tensor,
+    rest: Tensor | None,
     dout: Tensor,
     dlse: Tensor | None,
+    bias_gradient: bool = True,
     visits: tuple[Tensor, Tensor] | None = None,
 ):
-    """Gradients of q, k and v, each in the order of its tensor. Deterministic."""
+    """Gradients of q, k and v, each in the order of its tensor, of sinks, and of the bias if it is
+    asked for. Deterministic."""
     from ..kernels.backward import backward_dkv, backward_dq
     from . import Gradients, empty_like_query
 
@@ -209,9 +321,8 @@ def backward(
     dlse = None if dlse is None else dlse.contiguous()
     dq, dk, dv = (empty_like_query(t, t.shape[3]) for t in (q, k, v))
     delta = torch.empty_like(lse)
-    mask, bounds = mask_args(call.mask), call.mask.bounds
+    bounds, options = call.mask.bounds, score_of(call)
     visits_dq, visits_dkv = visits or (None, None)
-    tile_dq, tile_dkv = config(call, "dq"), config(call, "dkv")
     with on_device(q):
         backward_dq(
             q,
@@ -221,14 +332,16 @@ def backward(
             dout,
             dq,
             lse,
+            rest,
             dlse,
             delta,
             bounds,
-            mask,
-            lists_for(call, "dq", tile_dq),
+            mask_of(call),
+            lists_for(call, "dq", launched()),
+            options,
             call.scale,
             precision(q.dtype),
-            tile_dq,
+            config(call, "dq"),
             INTERPRETED,
             visits_dq,
         )
@@ -240,17 +353,80 @@ def backward(
             dk,
             dv,
             lse,
+            rest,
             delta,
             bounds,
-            mask,
-            lists_for(call, "dkv", tile_dkv),
+            mask_of(call, transposed=True),
+            lists_for(call, "dkv", launched()),
+            options,
             call.scale,
             precision(q.dtype),
-            tile_dkv,
+            config(call, "dkv"),
             INTERPRETED,
             visits_dkv,
         )
-    return Gradients(dq, dk, dv)
+        dbias = dsinks = None
+        if call.bias is not None and bias_gradient:
+            dbias = pair_sums(call, lse, rest, call.bias.shape, call.bias.dtype, dout, delta)
+        if call.sinks is not None:
+            dsinks = sink_gradient(call.sinks, lse, delta)
+    return Gradients(dq, dk, dv, dbias, dsinks)
+
+
+def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """d loss / d sinks [Hq]: the sink is a key whose value is 0, so its ds is -p * delta."""
+    p = torch.exp(sinks.float()[:, None] - lse).masked_fill(lse == float("-inf"), 0)
+    return -(p * delta).sum((0, 2)).to(sinks.dtype)
+
+
+def weights(call, reduce: str | None) -> Tensor:
+    """Probabilities, or their sums: see attention_weights()."""
+    from . import replaced
+
+    batch, heads, len_q, _ = call.q.shape
+    _, lse, rest = forward(replaced(call, dropout_p=0.0))
+    rows = 1 if reduce == "sum_queries" else len_q
+    shape = (batch, 1, 1 if reduce == "mean_heads" else heads, rows, call.k.shape[2])
+    factor = 1 / max(1, heads) if reduce == "mean_heads" else 1.0
+    with on_device(call.q):
+        sums = pair_sums(call, lse, rest, shape, call.q.dtype, weight=factor)[:, 0]
+    if reduce is None:
+        return sums
+    return sums.squeeze(1 if reduce == "mean_heads" else 2)
+
+
+def pair_sums(
+    call,
+    lse: Tensor,
+    rest: Tensor | None,
+    shape,
+    dtype: torch.dtype,
+    dout: Tensor | None = None,
+    delta: Tensor | None = None,
+    weight: float = 1.0,
+) -> Tensor:
+    """Launch kernels.sums.pair_sums on a call: of p, or with dout and delta of ds."""
+    from ..kernels.sums import pair_sums as launch
+
+    return launch(
+        unit_stride(call.q),
+        unit_stride(call.k),
+        None if dout is None else unit_stride(call.v),
+        None if dout is None else unit_stride(dout),
+        lse,
+        rest,
+        delta,
+        tuple(shape),
+        dtype,
+        call.mask.bounds,
+        mask_of(call),
+        score_of(call),
+        call.scale,
+        weight,
+        precision(call.q.dtype),
+        config(call, "sums"),
+        INTERPRETED,
+    )
 
 
 def on_device(tensor: Tensor):
