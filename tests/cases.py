@@ -10,6 +10,7 @@ twice that of plain torch in the same dtype, plus a little.
 from __future__ import annotations
 
 import functools
+import itertools
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -114,8 +115,53 @@ def intervals(lo, hi):
     )
 
 
-def dense(mask):
-    return Pair(lambda device: masks.dense(mask.to(device)), oracle.dense(mask))
+def dense(mask, layout="contiguous", split=None):
+    """mask: 2-D to 4-D, or 5-D [B1|1, B2|1, H|1, Lq|1, Lk|1] with ``split`` = (B1, B2)."""
+    mask = repeated(mask, layout)
+    view = laid_out(mask, layout)
+    sizes = [size if stride else 1 for size, stride in zip(view.shape, view.stride(), strict=True)]
+    by_key = all(size == 1 for size in sizes[-3:-1]) and sizes[-1] > 1  # like padding with holes
+    return Pair(
+        lambda device: masks.dense(laid_out(mask.to(device), layout)),
+        oracle.dense(mask, split, by_key),
+    )
+
+
+# -- matrices in memory ---------------------------------------------------------------------------
+
+DIMENSIONS = {"B": -4, "H": -3, "Q": -2, "K": -1}
+
+
+def repeated(matrix: Tensor, layout: str) -> Tensor:
+    """The matrix with equal values along what ``layout`` expands over."""
+    if not layout.startswith("expanded over "):
+        return matrix
+    for letter in layout.removeprefix("expanded over "):
+        matrix = matrix.narrow(DIMENSIONS[letter], 0, 1).expand_as(matrix)
+    return matrix.contiguous()
+
+
+def laid_out(matrix: Tensor, layout: str) -> Tensor:
+    """A dense mask or a bias [..., H, Lq, Lk] in memory: "contiguous"; "transposed", keys outside
+    rows; "heads last", as a bias [Lq, Lk, H] that is permuted; "sliced", part of a larger tensor
+    from an odd place; "expanded over HQ" and so on, stride 0 where it is ``repeated``.
+    """
+    if layout == "transposed":
+        return matrix.mT.contiguous().mT
+    if layout == "heads last":
+        return matrix.movedim(-3, -1).contiguous().movedim(-1, -3)
+    if layout == "sliced":
+        rows, cols = matrix.shape[-2:]
+        outside = True if matrix.dtype == torch.bool else torch.nan
+        larger = matrix.new_full((*matrix.shape[:-2], rows + 2, (cols | 1) + 6), outside)
+        return larger[..., 2:, 3 : 3 + cols].copy_(matrix)
+    if layout.startswith("expanded over "):
+        part = matrix
+        for letter in layout.removeprefix("expanded over "):
+            part = part.narrow(DIMENSIONS[letter], 0, 1)
+        return part.expand_as(matrix)
+    assert layout == "contiguous", layout
+    return matrix
 
 
 # -- random parts of masks ------------------------------------------------------------------------
@@ -143,6 +189,34 @@ def random_keep(name, B, Lk, visible=0.6):
     return random_bits(name, (B, Lk), visible).tolist()
 
 
+def random_blocks(name, shape, block, visible=0.4):
+    """Bits that are the same all over a block of (rows, columns)."""
+    grid = [-(-n // size) for n, size in zip(shape[-2:], block, strict=True)]
+    bits = random_bits(name, (*shape[:-2], *grid), visible)
+    bits = bits.repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)
+    return bits[..., : shape[-2], : shape[-1]]
+
+
+def random_tree(name, nodes, context=0):
+    """Bits [nodes, context + nodes] of a tree of guesses: a node sees the context, its ancestors
+    and itself."""
+    g = generator(name)
+    seen = torch.zeros(nodes, context + nodes, dtype=torch.bool)
+    seen[:, :context] = True
+    for node in range(nodes):
+        if node % 5:  # every fifth is a root
+            seen[node] = seen[int(torch.randint(0, node, (1,), generator=g))]
+        seen[node, context + node] = True
+    return seen
+
+
+def shape_of(letters: str, split: tuple[int, int] | None, B, H, Lq, Lk) -> list[int]:
+    """The shape that letters like "B1QK" or, with two batch dimensions, "X1HQK" stand for."""
+    outer, inner = split or (None, None)
+    sizes = {"X": outer, "Y": inner, "B": B, "H": H, "Q": Lq, "K": Lk, "1": 1}
+    return [sizes[letter] for letter in letters]
+
+
 def runs(*lengths):
     """Ids of documents that stand one after another: runs((7, 3), (1, 2)) = 7 7 7 1 1."""
     return [number for number, length in lengths for _ in range(length)]
@@ -155,14 +229,14 @@ def runs(*lengths):
 class Case:
     """One call of attention(). Hkv, Lk and Dv are Hq, Lq and D where not given.
 
-    bias: four letters out of "BHQK", "1" where it broadcasts, such as "1HQK"; bias_values "normal",
-    "-inf" (some pairs, and whole rows), "min" (finfo.min so) or "-1e9" (so).
+    bias: up to four letters out of "BHQK", "1" where it broadcasts, such as "1HQK"; five for two
+    batch dimensions, "XYHQK", where split = (X, Y) and X * Y = B. bias_values: "normal", "-inf"
+    (some pairs, and whole rows), "min" (finfo.min so) or "-1e9" (so). bias_layout: of laid_out().
     alibi: "H" or "BH". values: "normal", or "far below" for scores around -200.
     layout: "bhld"; "blhd", heads inside rows; "transposed", last stride not 1; "expanded over
     batch" and "expanded over heads", stride 0 in k and v; "sliced", parts of larger tensors, where
     q, k and v have different strides.
     poison: NaN and Inf in whatever padding takes out. lse_grad: lse has an upstream gradient too.
-    kernel: intervals and nothing else, which every kernel runs.
     """
 
     name: str
@@ -174,11 +248,12 @@ class Case:
     Lk: int | None = None
     D: int = 16
     Dv: int | None = None
-    kernel: bool = True
     scale: float | None = None
     bias: str | None = None
     bias_values: str = "normal"
     bias_dtype: torch.dtype | None = None
+    bias_layout: str = "contiguous"
+    split: tuple[int, int] | None = None
     softcap: float = 0.0
     alibi: str | None = None
     sinks: bool = False
@@ -215,7 +290,7 @@ class Case:
         return self.pair.rule.live_rows(self.B, self.Lq)
 
 
-def kernel_cases() -> list[Case]:
+def interval_cases() -> list[Case]:
     """What is an interval per row, without bias, softcap, ALiBi, sinks or dropout."""
     cases = []
 
@@ -405,7 +480,7 @@ def other_cases() -> list[Case]:
     cases = []
 
     def add(name, pair=None, **options):
-        cases.append(Case(name, pair or everything(), kernel=False, **options))
+        cases.append(Case(name, pair or everything(), **options))
 
     # key bits
     keep = random_keep("keep", 3, 70)
@@ -520,8 +595,265 @@ def other_cases() -> list[Case]:
     return cases
 
 
-CASES = [*kernel_cases(), *other_cases()]
-KERNEL_CASES = [case for case in CASES if case.kernel]
+def mask_cases() -> list[Case]:
+    """Masks that are no intervals: their densities, shapes and strides, and what they meet."""
+    cases = []
+
+    def add(name, pair, **options):
+        cases.append(Case(name, pair, **options))
+
+    # random bits
+    small = dict(Hq=2, Lq=37, Lk=53)
+    for visible in (0.02, 0.5, 0.98):
+        bits = random_bits(f"visible {visible}", (2, 37, 53), visible)
+        add(f"bits_{visible}", dense(bits), lse_grad=visible == 0.5, **small)
+    ones = torch.ones(37, 53, dtype=torch.bool)
+    add("bits_everything", dense(ones), **small)
+    dead = ones.clone()
+    dead[[0, 17, 36]] = False
+    add("bits_full_but_dead_rows", dense(dead), lse_grad=True, **small)
+    for Lq, Lk in (
+        (33, 127), (127, 33), (20, 128), (128, 20), (17, 129), (129, 17), (16, 130), (130, 16),
+        (9, 257), (257, 9), (129, 130),
+    ):  # fmt: skip
+        bits = random_bits(f"{Lq} x {Lk}", (Lq, Lk), 0.6)
+        add(f"bits_{Lq}x{Lk}", dense(bits), Lq=Lq, Lk=Lk, lse_grad=Lk in (127, 9))
+
+    # shapes and strides
+    small = dict(B=2, Hq=2, Lq=20, Lk=53)
+    add("bits_head_keys", dense(random_bits("hk", (2, 4, 1, 40))), B=2, Hq=4, Hkv=2, Lq=20, Lk=40)
+    add("bits_head_keys_257", dense(random_bits("1hk", (2, 1, 257))), Hq=2, Lq=9, Lk=257)
+    for layout in ("transposed", "heads last"):
+        bits = dense(random_bits(layout, (2, 2, 20, 53)), layout)
+        add(f"bits_{layout.replace(' ', '_')}", bits, **small)
+    for shape in ((20, 53), (2, 1, 20, 53), (2, 20, 53)):
+        bits = random_bits(f"sliced {shape}", shape)
+        add(f"bits_sliced_{len(shape)}d", dense(bits, "sliced"), **small)
+    for over in ("B", "H", "BH", "HK", "BQ"):
+        bits = dense(random_bits(f"expanded {over}", (2, 2, 20, 53)), "expanded over " + over)
+        add(f"bits_expanded_{over}", bits, **small)
+    keys = dense(random_bits("keys", (2, 2, 20, 53)), "expanded over HQ")
+    add("dense_keys_expanded", keys, poison=True, **small)
+    keys = dense(random_bits("sliced keys", (2, 1, 1, 53)), "sliced")
+    add("dense_keys_sliced", keys, poison=True, lse_grad=True, **small)
+    keys = dense(random_bits("transposed keys", (2, 1, 1, 53)), "transposed")
+    add("dense_keys_causal", keys & causal(9), poison=True, **small)
+
+    # two batch dimensions
+    def two_batches(letters, layout="contiguous", visible=0.6):
+        shape = shape_of(letters, (2, 3), 6, 2, 17, 35)
+        return dense(random_bits(f"{letters} {layout}", shape, visible), layout, split=(2, 3))
+
+    six = dict(B=6, Lq=17, Lk=35)
+    for letters in ("X1HQK", "1YHQK", "XYHQK", "11HQK", "XYH1K", "1YHQ1"):
+        add(f"dense_{letters}", two_batches(letters), Hq=2, **six)
+    for letters in ("X11QK", "1Y1QK", "X11Q1"):
+        add(f"dense_{letters}", two_batches(letters), lse_grad=letters == "1Y1QK", **six)
+    for letters in ("X111K", "1Y11K", "XY11K"):
+        add(f"dense_{letters}", two_batches(letters), poison=True, **six)
+    add("dense_1Y1QK_transposed", two_batches("1Y1QK", "transposed"), **six)
+    add("dense_X1HQK_sliced", two_batches("X1HQK", "sliced") & causal(12), Hq=2, **six)
+    both = two_batches("X11QK", visible=0.7) & two_batches("1YHQ1", visible=0.8)
+    both = both & dense(random_bits("flat", (6, 1, 17, 35), 0.8))
+    add("dense_5d_and_4d", both, Hq=2, lse_grad=True, **six)
+
+    # what people make
+    blocks = random_blocks("32", (2, 1, 70, 140), (32, 32))
+    add("blocks_32", dense(blocks), B=2, Lq=70, Lk=140)
+    blocks = random_blocks("16x64", (2, 70, 200), (16, 64))
+    add("blocks_16x64", dense(blocks), Hq=2, Lq=70, Lk=200, lse_grad=True)
+    blocks = random_blocks("64", (1, 2, 129, 129), (64, 64), 0.5)
+    add("blocks_64_causal", dense(blocks) & causal(), Hq=2, Lq=129)
+    tree = random_tree("tree", 24, context=40)
+    add("tree", dense(tree), Hq=4, Hkv=2, Lq=24, Lk=64)
+    trees = torch.stack([random_tree(f"tree {b}", 24, context=33) for b in (0, 1)])[:, None]
+    add(
+        "tree_padding",
+        dense(trees) & padding(start=[0, 11]),
+        B=2, Lq=24, Lk=57, poison=True,
+    )  # fmt: skip
+    i, j = torch.arange(70)[:, None], torch.arange(70)
+    prefix = (j < torch.tensor([40, 0]).view(2, 1, 1, 1)) | (j <= i)
+    add("prefix_as_bits", dense(prefix), B=2, Lq=70)
+    add("causal_as_bits", dense(j <= i), Hq=2, Lq=70, lse_grad=True)
+    mixed = torch.randint(0, 3, (2, 40), generator=generator("windows")).tolist()
+    add("documents_mixed_window", documents(mixed) & window(20, 9), B=2, Hq=2, Lq=40)
+    inside = documents(mixed, within=window(5, 2))
+    add("documents_mixed_window_within", inside, B=2, Lq=40, lse_grad=True)
+    inside = documents(mixed[:1], within=causal()) & dense(random_bits("d b", (2, 1, 40, 40), 0.8))
+    add("documents_mixed_bits", inside, B=2, Hq=2, Lq=40)
+    inside = documents(mixed) & documents([runs((1, 15), (2, 25))] * 2)
+    add("documents_twice", inside, B=2, Lq=40)
+
+    # holes, bits and intervals together: none of them expands another
+    def holes(name, Lk, B=2):
+        return padding(keep=random_keep(name, B, Lk, 0.7))
+
+    for Lk in (127, 128, 129, 257):
+        add(f"holes_{Lk}", holes(f"{Lk}", Lk), B=2, Lq=17, Lk=Lk, poison=True)
+    add(
+        "holes_causal_window",
+        holes("hcw", 70) & causal(3) & window(30, -1),
+        B=2, Hq=2, Hkv=1, Lq=70, poison=True, lse_grad=True,
+    )  # fmt: skip
+    add(
+        "holes_varlen_causal",
+        holes("hvc", 97) & varlen([0, 20, 53, 97], within=causal()),
+        B=2, Lq=97, poison=True,
+    )  # fmt: skip
+    ids = runs((4, 20), (1, 1), (9, 33), (0, 16))
+    shuffled = runs((9, 30), (0, 16), (7, 11), (4, 40))
+    add(
+        "holes_documents",
+        holes("hd", 97) & documents([ids], [shuffled], contiguous=True),
+        B=2, Lq=70, Lk=97, poison=True,
+    )  # fmt: skip
+    add(
+        "holes_prefix_padding",
+        holes("hpp", 70) & prefix_lm([40, 10]) & padding([70, 50], query_lengths=[69, 33]),
+        B=2, Lq=70, poison=True,
+    )  # fmt: skip
+    add(
+        "holes_bits_explicit",
+        holes("hbe", 70)
+        & dense(random_bits("hbe bits", (1, 2, 40, 70), 0.7))
+        & intervals(*random_intervals("hbe rows", (2, 1, 40), 70, empty=0.1)),
+        B=2, Hq=2, Hkv=1, Lq=40, Lk=70, poison=True, lse_grad=True,
+    )  # fmt: skip
+    add(
+        "holes_bits_explicit_heads",
+        holes("hbh", 70, B=1)
+        & dense(random_bits("hbh bits", (2, 1, 40, 70), 0.7))
+        & intervals(*random_intervals("hbh rows", (1, 2, 40), 70, empty=0.1)),
+        B=2, Hq=2, Lq=40, Lk=70, poison=True,
+    )  # fmt: skip
+    add(
+        "bits_explicit_causal",
+        dense(random_bits("bec", (2, 40, 70), 0.8)) & varlen([0, 15, 40], [0, 33, 70]) & causal(25),
+        B=2, Hq=2, Lq=40, Lk=70,
+    )  # fmt: skip
+    add(
+        "bits_keys_and_rows",
+        dense(random_bits("by key", (2, 1, 1, 53), 0.8))
+        & dense(random_bits("by row", (2, 20, 1), 0.8))
+        & dense(random_bits("by both", (20, 53), 0.8)),
+        poison=True, **small,
+    )  # fmt: skip
+
+    # rows that only several parts together kill: they count for no tile's class
+    lonely = ones.clone()
+    lonely[3], lonely[20:22] = False, False
+    lonely[3, 5], lonely[20:22, 50] = True, True
+    keep = [[column not in (5, 50) for column in range(53)]]
+    small = dict(Hq=2, Lq=37, Lk=53)
+    add("holes_kill_rows", dense(lonely) & padding(keep=keep), poison=True, **small)
+    add("padding_kills_rows", dense(lonely) & padding([50]), poison=True, **small)
+    add("causal_kills_rows", dense(lonely) & causal(16), lse_grad=True, **small)
+    return cases
+
+
+def bias_cases() -> list[Case]:
+    """Shapes and strides of a bias, each with its gradient."""
+    cases = []
+
+    def add(name, pair=None, **options):
+        cases.append(Case(name, pair or everything(), **options))
+
+    six = dict(B=6, Lq=17, Lk=20, split=(2, 3))
+    for letters in ("X1HQK", "1YHQK", "XYHQK", "11HQK", "XYH1K", "X1HQ1"):
+        add(f"bias_{letters}", causal(5), bias=letters, Hq=2, **six)
+    for letters in ("X11QK", "1Y1QK"):
+        add(f"bias_{letters}", causal(5), bias=letters, lse_grad=letters == "1Y1QK", **six)
+    swin = dense(random_bits("shifted windows", (1, 3, 1, 17, 20), 0.7), split=(2, 3))
+    add("bias_swin", swin, bias="11HQK", Hq=2, **six)
+    add("bias_1Y1QK_transposed", bias="1Y1QK", bias_layout="transposed", **six)
+    add("bias_X11QK_minus_inf", bias="X11QK", bias_values="-inf", **six)
+
+    small = dict(B=2, Hq=2, Lq=33, Lk=20)
+    for letters in ("BHQK", "1HQK", "QK", "B11K"):
+        options = dict(bias=letters, bias_layout="transposed", **small)
+        add(f"bias_transposed_{letters}", causal(5), **options)
+    for letters in ("1HQK", "HQK", "BHQK", "BH1K"):
+        options = dict(bias=letters, bias_layout="heads last", **small)
+        add(f"bias_heads_last_{letters}", lse_grad=letters == "1HQK", **options)
+    for letters in ("BHQK", "1HQK", "QK", "B1QK", "1H1K"):
+        add(f"bias_sliced_{letters}", bias=letters, bias_layout="sliced", **small)
+    for letters, over in (
+        ("BHQK", "B"), ("BHQK", "H"), ("1HQK", "Q"), ("BHQK", "K"), ("QK", "QK"), ("BHQK", "BQ"),
+    ):  # fmt: skip
+        options = dict(bias=letters, bias_layout=f"expanded over {over}", **small)
+        add(f"bias_expanded_{letters}_{over}", causal(5), **options)
+
+    # float32 bias with halves
+    halves = (torch.float16, torch.bfloat16)
+    for letters in ("BHQK", "B11K", "QK", "BHQ1", "1111", "1H1K"):
+        options = dict(bias=letters, bias_dtype=torch.float32, dtypes=halves, **small)
+        add(f"bias_float32_{letters}", causal(5), **options)
+    add(
+        "bias_float32_heads_last", bias="1HQK", bias_layout="heads last", bias_dtype=torch.float32,
+        dtypes=halves, **small,
+    )  # fmt: skip
+    add(
+        "bias_float32_X11QK", bias="X11QK", bias_layout="sliced", bias_dtype=torch.float32,
+        dtypes=halves, **six,
+    )  # fmt: skip
+
+    # past one tile and past the words of a row
+    wide = dict(Hq=2, Lq=20, Lk=130)
+    add("bias_wide", padding([129]), bias="1HQK", poison=True, **wide)
+    add("bias_wide_keys", bias="1H1K", bias_layout="sliced", **wide)
+    add("bias_long_rows", causal(), bias="HQ1", Hq=2, Lq=130, Lk=20)
+    one = dict(B=2, Hq=4, Hkv=2, Lq=1, Lk=129)
+    add("bias_decoding", padding([129, 50]), bias="BH1K", poison=True, **one)
+    return cases
+
+
+# -- every pair of options ------------------------------------------------------------------------
+
+PAIR_SIZE = dict(B=2, Hq=2, Hkv=2, Lq=33, Lk=40, D=16, Dv=16)
+PAIR_MASKS = {
+    "none": everything(),
+    "causal": causal(),
+    "lengths": padding([40, 17]),
+    "keys": padding(keep=random_keep("pair", 2, 40)),
+    "varlen": varlen([0, 10, 33], [0, 25, 40]),
+    "dense": dense(random_bits("pair", (2, 1, 33, 40))),
+    "dense_causal_lengths": dense(random_bits("pairs", (33, 40), 0.7))
+    & causal(3)
+    & padding([40, 17]),
+}
+PAIR_OPTIONS = {
+    "bias": dict(bias="1HQK"),
+    "dropout": dict(dropout_p=0.2, dropout_seed=11),
+    "softcap": dict(softcap=2.0),
+    "alibi": dict(alibi="H"),
+    "sinks": dict(sinks=True),
+    "gqa": dict(Hq=4),
+    "value_width": dict(Dv=24),
+    "lse": dict(lse_grad=True),
+}
+
+
+def pair_cases() -> list[Case]:
+    """Every kind of mask with every option, and every option with every other, under causal and
+    padding or under bits."""
+    cases = []
+
+    def add(name, pair, **options):
+        poison = not pair.rule.live_keys(2, 40).all()
+        options = PAIR_SIZE | options | dict(poison=poison)
+        cases.append(Case(f"pair_{name}", pair, **options))
+
+    for mask, pair in PAIR_MASKS.items():
+        for option, values in PAIR_OPTIONS.items():
+            add(f"{mask}_{option}", pair, **values)
+    grounds = itertools.cycle((causal() & padding([40, 17]), PAIR_MASKS["dense"]))
+    for (one, values), (other, more) in itertools.combinations(PAIR_OPTIONS.items(), 2):
+        add(f"{one}_{other}", next(grounds), **values, **more)
+    return cases
+
+
+CASES = [*interval_cases(), *other_cases(), *mask_cases(), *bias_cases(), *pair_cases()]
 _BY_NAME = {case.name: case for case in CASES}
 assert len(_BY_NAME) == len(CASES), "two cases have one name"
 
@@ -564,8 +896,7 @@ def poisoned(values: Tensor, live: Tensor, name: str) -> Tensor:
 
 
 def bias_tensor(case: Case, dtype: torch.dtype) -> Tensor:
-    sizes = {"B": case.B, "H": case.Hq, "Q": case.Lq, "K": case.Lk, "1": 1}
-    shape = [sizes[letter] for letter in case.bias]
+    shape = shape_of(case.bias, case.split, case.B, case.Hq, case.Lq, case.Lk)
     g = generator(case.name + " bias")
     bias = torch.randn(shape, dtype=torch.float64, generator=g).to(case.bias_dtype or dtype)
     if case.bias_values != "normal":
@@ -574,7 +905,18 @@ def bias_tensor(case: Case, dtype: torch.dtype) -> Tensor:
         if bias.shape[-2] > 1:
             cut[..., [0, bias.shape[-2] // 2], :] = True
         bias = bias.masked_fill(cut, low[case.bias_values])
-    return bias
+    return repeated(bias, case.bias_layout)
+
+
+def one_batch(case: Case, bias: Tensor) -> Tensor:
+    """The bias with its two batch dimensions, if it has two, flattened to one."""
+    return bias.expand(*case.split, *bias.shape[2:]).flatten(0, 1) if bias.dim() == 5 else bias
+
+
+def summed_to(case: Case, gradient: Tensor, shape: torch.Size) -> Tensor:
+    """A gradient [B, Hq, Lq, Lk] summed over what a bias of ``shape`` broadcasts over."""
+    gradient = gradient.unflatten(0, case.split) if len(shape) == 5 else gradient
+    return gradient.sum_to_size(shape) if gradient.shape != shape else gradient
 
 
 @functools.cache
@@ -626,6 +968,8 @@ def inputs(case: Case, dtype: torch.dtype, device="cpu") -> dict[str, Tensor]:
     for name, values in canonical_inputs(case, dtype).items():
         if name in ("q", "k", "v", "dout"):
             made[name] = placed(values, case.layout, name, device)
+        elif name == "bias":
+            made[name] = laid_out(values.to(device, copy=True), case.bias_layout).detach()
         else:
             made[name] = values.detach().to(device, copy=True)
         made[name].requires_grad_(name in GRADIENTS)
@@ -691,9 +1035,10 @@ def expected(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     for name in GRADIENTS:
         if name in given:
             given[name] = given[name].detach().requires_grad_()
+    bias = one_batch(case, given["bias"]) if case.bias else None
     out, lse = oracle.attention_oracle(
         given["q"], given["k"], given["v"], case.seen(),
-        scale=case.scale, bias=given.get("bias"), softcap=case.softcap,
+        scale=case.scale, bias=bias, softcap=case.softcap,
         alibi_slopes=given.get("alibi_slopes"), sinks=given.get("sinks"), keep=dropout_keep(case),
         live_keys=case.live_keys(), live_rows=case.live_rows(),
         held_in=torch.float32 if swallowing else None,
@@ -720,7 +1065,7 @@ def logits(case: Case, q: Tensor, k: Tensor, given: dict[str, Tensor]):
         tanh = torch.tanh(scores / case.softcap)
         scores = case.softcap * tanh
     if case.bias:
-        scores = scores + given["bias"]
+        scores = scores + one_batch(case, given["bias"])
     if case.alibi:
         distance = torch.arange(case.Lq)[:, None] + case.Lk - case.Lq - torch.arange(case.Lk)
         slopes = given["alibi_slopes"].to(scores.dtype).view(-1, case.Hq, 1, 1)
@@ -755,6 +1100,7 @@ def torch_eager(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 PIVOTS = (0.0, 0.25, 0.5, 0.75)
+MORE_PIVOTS = tuple(i / 16 for i in range(16))  # for dsinks: so few numbers need more throws
 
 
 def torch_fused(
@@ -777,9 +1123,6 @@ def torch_fused(
 
     def rounded(tensor):
         return tensor.to(dtype).to(math)
-
-    def summed(tensor, shape):
-        return tensor.sum_to_size(shape) if tensor.shape != shape else tensor
 
     def per_key_head(tensor):
         return tensor.unflatten(1, (case.Hkv, group)).sum(2)
@@ -816,14 +1159,14 @@ def torch_fused(
     term = largest(p * (dp.abs() + delta.abs() + dlse.abs()))
     terms = {"dq": abs(scale) * term * largest(k), "dk": abs(scale) * term * largest(q)}
     if case.bias:
-        results["dbias"] = summed(dbias, given["bias"].shape)
+        results["dbias"] = summed_to(case, dbias, given["bias"].shape)
         terms["dbias"] = term
     if case.sinks:
         weight = torch.exp(given["sinks"].view(1, -1, 1, 1) - lse).masked_fill(dead, 0)
         results["dsinks"] = (weight * (dlse - delta)).sum((0, 2, 3))
         terms["dsinks"] = largest(weight * (dlse.abs() + delta.abs()))
-    rounding = {n: t if n == "lse" else t.to(dtype) for n, t in results.items()}
-    return rounding, terms
+    own = {"lse": math, "dbias": case.bias_dtype or dtype}
+    return {name: t.to(own.get(name, dtype)) for name, t in results.items()}, terms
 
 
 def largest(tensor: Tensor) -> float:
@@ -846,7 +1189,8 @@ def torch_errors(case: Case, dtype: torch.dtype) -> dict[str, float]:
     """
     truth = expected(case, dtype)
     eager = torch_eager(case, dtype)
-    fused = [torch_fused(case, dtype, pivot)[0] for pivot in PIVOTS]
+    pivots = MORE_PIVOTS if case.sinks else PIVOTS
+    fused = [torch_fused(case, dtype, pivot)[0] for pivot in pivots]
     errors = {}
     for name, exact in truth.items():
         own = eager[name].dtype
@@ -906,7 +1250,7 @@ def visible_pairs(case: Case, dtype: torch.dtype) -> Tensor:
     """Which pairs have any weight, bool [B, Hq, Lq, Lk]: seen, and no bias of -inf."""
     seen = case.seen()
     if case.bias:
-        seen = seen & (canonical_inputs(case, dtype)["bias"] > -torch.inf)
+        seen = seen & (one_batch(case, canonical_inputs(case, dtype)["bias"]) > -torch.inf)
     return seen
 
 

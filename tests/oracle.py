@@ -183,8 +183,17 @@ def intervals(lo: Tensor, hi: Tensor) -> Rule:
     return Rule(lambda g: (g.j >= lo[..., None]) & (g.j < hi[..., None]))
 
 
-def dense(mask: Tensor) -> Rule:
-    return Rule(lambda g: mask)
+def dense(mask: Tensor, split: tuple[int, int] | None = None, by_key: bool = False) -> Rule:
+    """bool, broadcastable to [B, H, Lq, Lk]; a 5-D one to [*split, H, Lq, Lk], then flattened.
+
+    by_key: the mask says which keys exist, the same for all heads and rows, as padding does.
+    """
+    if mask.dim() == 5:
+        mask = mask.expand(*split, *mask.shape[2:]).flatten(0, 1)
+    if not by_key:
+        return Rule(lambda g: mask)
+    keys = mask[(None,) * (4 - mask.dim())][:, :1, :1]
+    return Rule(everywhere, lambda g: keys)
 
 
 # -- attention ------------------------------------------------------------------------------------

@@ -51,8 +51,15 @@ def test_lowered_form_is_the_mask(case):
         dead = form.lo >= form.hi
         assert (form.lo[dead] == 0).all() and (form.hi[dead] == 0).all()
         assert (form.lo >= 0).all() and (form.hi <= case.Lk).all()
-    for plane in (form.key_bits, form.bits):
-        seen = seen if plane is None else seen & plane
+    if form.key_bits is not None:
+        assert form.key_bits.dtype == torch.bool
+        assert form.key_bits.shape in ((1, 1, 1, case.Lk), (case.B, 1, 1, case.Lk))
+        seen = seen & form.key_bits
+    if form.bits is not None:
+        pairs = form.bits.rows(0, case.Lq)
+        assert pairs.dtype == torch.bool and pairs.shape == form.bits.shape
+        assert pairs.shape[3] == case.Lk
+        seen = seen & pairs
     full = (case.B, case.Hq, case.Lq, case.Lk)
     assert torch.equal(seen.expand(full), case.seen())
 
@@ -127,19 +134,122 @@ def test_huge_offsets_do_not_wrap():
     assert wide.to_dense(1, 1, 5, 5).all()
 
 
+WITH_BITS = [
+    case
+    for case in MASKED
+    if lowering.lower(case.mask("cpu"), case.B, case.Hq, case.Lq, case.Lk, CPU).bits is not None
+]
+
+
+@pytest.mark.parametrize("case", WITH_BITS, ids=repr)
+def test_bits_of_some_rows(case):
+    """A few rows at a time are what all rows are, and the 5-D tensor says the same."""
+    bits = lowering.lower(case.mask("cpu"), case.B, case.Hq, case.Lq, case.Lk, CPU).bits
+    whole = bits.rows(0, case.Lq)
+    for first in range(0, case.Lq, 7):
+        count = min(7, case.Lq - first)
+        part = whole[:, :, first : first + count] if whole.shape[2] > 1 else whole
+        assert torch.equal(bits.rows(first, count), part)
+    tensor = bits.tensor(case.Lq)
+    outer, inner = masks.split_batch(case.B, *tensor.shape[:2])
+    assert outer * inner == case.B and tensor.dim() == 5
+    flat = tensor.expand(outer, inner, case.Hq, case.Lq, case.Lk).flatten(0, 1)
+    assert torch.equal(flat, whole.expand(case.B, case.Hq, case.Lq, case.Lk))
+
+
 def test_broadcast_bits_stay_views():
     """Broadcast dimensions are never expanded, neither in a dense mask nor where holes meet it."""
-    rows = torch.ones(2, 1, 1, 30, dtype=torch.bool)
-    form = lowering.lower(masks.dense(rows), 2, 8, 20, 30, CPU)
-    assert form.bits.shape == (2, 1, 1, 30) and form.bits.data_ptr() == rows.data_ptr()
     holes = masks.padding(keep=torch.ones(2, 30, dtype=torch.bool))
     square = torch.ones(20, 30, dtype=torch.bool)
     form = lowering.lower(holes & masks.dense(square) & masks.causal(), 2, 8, 20, 30, CPU)
     assert form.key_bits.shape == (2, 1, 1, 30) and form.bits.shape == (1, 1, 20, 30)
+    assert form.bits.view.data_ptr() == square.data_ptr()
     assert form.lo is None and form.batch_bounds is None
-    expanded = torch.ones(1, 1, 1, 30, dtype=torch.bool).expand(2, 8, 20, 30)
-    form = lowering.lower(masks.dense(expanded), 2, 8, 20, 30, CPU)
-    assert form.bits.untyped_storage().size() == 30
+    explicit = masks.intervals(*torch.zeros(2, 1, 8, 20, dtype=torch.int64))
+    per_batch = torch.ones(2, 1, 20, 30, dtype=torch.bool)
+    form = lowering.lower(masks.dense(per_batch) & explicit & holes, 2, 8, 20, 30, CPU)
+    assert form.lo.shape == (1, 8, 20) and form.bits.shape == (2, 1, 20, 30)
+    assert form.key_bits.shape == (2, 1, 1, 30)
+
+
+def bools(*shape):
+    return torch.ones(shape, dtype=torch.bool)
+
+
+def strides(tensor):
+    """Of the dimensions in which it does not repeat."""
+    return [n for size, n in zip(tensor.shape, tensor.stride(), strict=True) if n and size > 1]
+
+
+# for B = 6, H = 4, Lq = 20, Lk = 30: the mask, its form, and the shape of the bits' 5-D view
+DENSE_FORMS = {
+    "[Lq, Lk]": (bools(20, 30), "bits per pair", (1, 1, 1, 20, 30)),
+    "[H, Lq, Lk]": (bools(4, 20, 30), "bits per pair", (1, 1, 4, 20, 30)),
+    "[B, 1, Lq, Lk]": (bools(6, 1, 20, 30), "bits per pair", (6, 1, 1, 20, 30)),
+    "[B, H, Lq, Lk]": (bools(6, 4, 20, 30), "bits per pair", (6, 1, 4, 20, 30)),
+    "[B, H, 1, Lk]": (bools(6, 4, 1, 30), "bits per pair", (6, 1, 4, 1, 30)),
+    "[H, 1, Lk]": (bools(4, 1, 30), "bits per pair", (1, 1, 4, 1, 30)),
+    "transposed": (bools(30, 20).T, "bits per pair", (1, 1, 1, 20, 30)),
+    "heads last": (bools(20, 30, 4).permute(2, 0, 1), "bits per pair", (1, 1, 4, 20, 30)),
+    "sliced": (bools(6, 1, 23, 37)[..., 2:22, 3:33], "bits per pair", (6, 1, 1, 20, 30)),
+    "[B, 1, 1, Lk]": (bools(6, 1, 1, 30), "key bits", (6, 1, 1, 30)),
+    "[1, Lk]": (bools(1, 30), "key bits", (1, 1, 1, 30)),
+    "sliced keys": (bools(6, 1, 1, 37)[..., 3:33], "key bits", (6, 1, 1, 30)),
+    "[Lq, 1]": (bools(20, 1), "explicit", (1, 1, 20)),
+    "[B, 1, Lq, 1]": (bools(6, 1, 20, 1), "explicit", (6, 1, 20)),
+    "[H, 1, 1]": (bools(4, 1, 1), "explicit", (1, 4, 20)),
+    "[1, 1]": (bools(1, 1), "explicit", (1, 1, 20)),
+    # stride 0 counts as broadcast
+    "[B, H, Lq, Lk], one matrix": (
+        bools(20, 30).expand(6, 4, 20, 30), "bits per pair", (1, 1, 1, 20, 30)
+    ),
+    "[B, H, Lq, Lk], keys": (bools(6, 1, 1, 30).expand(6, 4, 20, 30), "key bits", (6, 1, 1, 30)),
+    "[B, H, Lq, Lk], rows": (bools(4, 20, 1).expand(6, 4, 20, 30), "explicit", (1, 4, 20)),
+    "[B, H, Lq, Lk], one bool": (bools(1, 1).expand(6, 4, 20, 30), "explicit", (1, 1, 20)),
+    # two batch dimensions, 2 x 3
+    "[B1, 1, ...]": (bools(2, 1, 4, 20, 30), "bits per pair", (2, 1, 4, 20, 30)),
+    "[1, B2, ...]": (bools(1, 3, 1, 20, 30), "bits per pair", (1, 3, 1, 20, 30)),
+    "[B1, B2, ...]": (bools(2, 3, 1, 20, 30), "bits per pair", (2, 3, 1, 20, 30)),
+    "[1, 1, ...]": (bools(1, 1, 4, 20, 30), "bits per pair", (1, 1, 4, 20, 30)),
+    "[B1, B2, ...], one outer": (
+        bools(1, 3, 1, 20, 30).expand(2, 3, 4, 20, 30), "bits per pair", (1, 3, 1, 20, 30)
+    ),
+    "[B1, 1, ..., Lk]": (bools(2, 1, 1, 1, 30), "key bits", (6, 1, 1, 30)),
+    "[1, B2, ..., Lk]": (bools(1, 3, 1, 1, 30), "key bits", (6, 1, 1, 30)),
+    "[1, B2, ..., Lq, 1]": (bools(1, 3, 1, 20, 1), "explicit", (6, 1, 20)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DENSE_FORMS)
+def test_form_of_a_dense_mask(name):
+    """Keys alone are key bits, rows alone are intervals, the rest a view of what was given."""
+    mask, kind, shape = DENSE_FORMS[name]
+    form = lowering.lower(masks.dense(mask), 6, 4, 20, 30, CPU)
+    assert (
+        form.form
+        == {
+            "bits per pair": "affine bounds, bits per pair",
+            "key bits": "affine bounds, key bits",
+            "explicit": "explicit row intervals",
+        }[kind]
+    )
+    if kind == "explicit":
+        assert form.lo.shape == form.hi.shape == shape
+    elif kind == "key bits":
+        assert form.key_bits.shape == shape
+        if mask.dim() < 5:
+            assert form.key_bits.data_ptr() == mask.data_ptr()
+    else:
+        view = form.bits.view
+        assert view.shape == shape and view.data_ptr() == mask.data_ptr()
+        assert strides(view) == strides(mask)
+        assert form.bits.shape[2:] == shape[3:]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (4, 20, 1)], ids=str)
+def test_bits_are_never_made_of_a_mask_of_rows(shape):
+    form = lowering.lower(masks.dense(bools(*shape)) & masks.causal(), 6, 4, 20, 30, CPU)
+    assert form.bits is None and form.key_bits is None and form.lo is not None
 
 
 def test_affine_masks_build_nothing_of_length_L():
@@ -283,9 +393,9 @@ def test_what_is_kept_dies_with_the_mask():
 
 def test_not_too_many_forms_are_kept():
     mask = masks.causal()
-    for length in range(100):
-        lower(mask, Lq=length)
-    assert len(lowering._kept[mask]) <= lowering.MOST_KEPT
+    forms = [weakref.ref(lower(mask, Lq=length)) for length in range(100)]
+    gc.collect()
+    assert 0 < sum(form() is not None for form in forms) <= lowering.MOST_KEPT
 
 
 # -- no reading of data ---------------------------------------------------------------------------
@@ -314,6 +424,9 @@ MAKERS = {
     ),
     "intervals": lambda: masks.intervals(*torch.zeros(2, 2, 1, 20, dtype=torch.int64)),
     "dense": lambda: masks.dense(torch.ones(1, 3, 20, 20, dtype=torch.bool)),
+    "dense 5-D": lambda: masks.dense(torch.ones(2, 1, 3, 20, 20, dtype=torch.bool)),
+    "dense keys": lambda: masks.dense(torch.ones(2, 1, 1, 20, dtype=torch.bool)),
+    "dense rows": lambda: masks.dense(torch.ones(2, 1, 20, 1, dtype=torch.bool)),
     "all": lambda: (
         masks.causal(ints(0, 3))
         & masks.padding(ints(20, 3), keep=torch.ones(1, 20, dtype=torch.bool))
@@ -324,7 +437,8 @@ MAKERS = {
 
 
 def parts(form):
-    return (form.batch_bounds, form.lo, form.hi, form.key_bits, form.bits)
+    bits = None if form.bits is None else form.bits.tensor(form.len_q)
+    return (form.batch_bounds, form.lo, form.hi, form.key_bits, bits)
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -418,7 +532,7 @@ CONSTRUCTION = {
     "dense int": (TypeError, "mask", lambda: masks.dense(BOOLS.long())),
     "dense list": (TypeError, "mask", lambda: masks.dense([[True]])),
     "dense 1-D": (ValueError, "mask", lambda: masks.dense(BOOLS[0])),
-    "dense 5-D": (ValueError, "mask", lambda: masks.dense(BOOLS.view(1, 1, 1, 2, 20))),
+    "dense 6-D": (ValueError, "mask", lambda: masks.dense(BOOLS.view(1, 1, 1, 1, 2, 20))),
 }
 
 
@@ -475,6 +589,10 @@ USE = {  # with B = 2, H = 3, Lq = Lk = 20
     "dense shape": ("mask", masks.dense(torch.ones(20, 19, dtype=torch.bool))),
     "dense heads": ("mask", masks.dense(torch.ones(2, 20, 20, dtype=torch.bool))),
     "dense batch": ("mask", masks.dense(torch.ones(3, 1, 20, 20, dtype=torch.bool))),
+    "dense keys": ("mask", masks.dense(torch.ones(2, 1, 1, 19, dtype=torch.bool))),
+    "dense rows": ("mask", masks.dense(torch.ones(2, 1, 19, 1, dtype=torch.bool))),
+    "dense 5-D heads": ("mask", masks.dense(torch.ones(2, 1, 2, 20, 20, dtype=torch.bool))),
+    "dense 5-D keys": ("mask", masks.dense(torch.ones(2, 1, 1, 1, 19, dtype=torch.bool))),
     "varlen nests": ("varlen", masks.varlen(ints(0, 20), within=masks.varlen(ints(0, 20)))),
     "documents nest": ("documents", masks.varlen(ints(0, 20), within=masks.documents(ints(1)))),
     "dense nests": ("dense", masks.varlen(ints(0, 20), within=INNER["dense"])),
@@ -492,6 +610,28 @@ def test_use_refuses(name):
     q = torch.zeros(2, 3, 20, 4)
     with pytest.raises(ValueError, match=word):
         tilemask.attention(q, q, q, mask=mask)
+
+
+@pytest.mark.parametrize("inner", [(1, 20, 20), (1, 1, 20), (3, 20, 1)], ids=str)
+@pytest.mark.parametrize("split", [(4, 1), (1, 4), (2, 2), (3, 3), (6, 2), (2, 6), (0, 1), (1, 0)])
+def test_two_batch_dimensions_that_do_not_make_the_batch(split, inner):
+    """6 batches are 2 x 3, 3 x 2, 6 x 1 or 1 x 6."""
+    mask = masks.dense(torch.ones(*split, *inner, dtype=torch.bool))
+    shape = re.escape(str((*split, *inner)))
+    with pytest.raises(ValueError, match=f"the mask has shape {shape}, which does not broadcast"):
+        lowering.lower(mask, 6, 3, 20, 20, CPU)
+
+
+@pytest.mark.parametrize("split", [(2, 3), (3, 2), (2, 1), (1, 2), (6, 1), (1, 6), (1, 1)])
+def test_two_batch_dimensions(split):
+    """Batch b is (b // B2, b % B2)."""
+    mask = cases.random_bits(f"split {split}", (*split, 1, 5, 7))
+    outer = split[0] if split[0] > 1 else 6 // split[1]
+    dense = masks.dense(mask).to_dense(6, 2, 5, 7)
+    inner = 6 // outer
+    for b in range(6):
+        own = mask[b // inner % split[0], b % inner % split[1], 0]
+        assert torch.equal(dense[b, 0], own) and torch.equal(dense[b, 1], own)
 
 
 def test_padding_mask_of_the_wrong_kind_is_advised():

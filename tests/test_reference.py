@@ -1,5 +1,6 @@
 """The reference backend against the float64 oracle and torch, its derivatives, and its memory."""
 
+import itertools
 import os
 import resource
 import subprocess
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import tilemask
-from tilemask import masks, philox
+from tilemask import lowering, masks, philox
 from tilemask.attention import checked
 from tilemask.backends import reference, triton
 
@@ -48,7 +49,7 @@ def test_case_against_torch(case):
     seen = case.seen()
     attn_mask = seen
     if case.bias:
-        attn_mask = given["bias"].double().masked_fill(~seen, -torch.inf)
+        attn_mask = cases.one_batch(case, given["bias"]).double().masked_fill(~seen, -torch.inf)
     expected = F.scaled_dot_product_attention(
         given["q"], given["k"], given["v"], attn_mask, scale=case.scale, enable_gqa=True
     )
@@ -63,7 +64,7 @@ def test_case_against_torch(case):
 
 def test_cases_cover_what_they_must():
     """Sizes, masks and layouts that a change of the list must not lose."""
-    kernel = cases.KERNEL_CASES
+    kernel = cases.interval_cases()
     assert {1, 8, 16, 40, 64, 72, 128, 256} <= {c.D for c in kernel}
     for tile in (16, 32, 64):
         assert {1, tile - 1, tile, tile + 1} <= {c.Lq for c in kernel}
@@ -79,13 +80,74 @@ def test_cases_cover_what_they_must():
 
 
 @pytest.mark.parametrize("case", cases.CASES, ids=repr)
-def test_kernel_flag_is_what_the_kernels_say(case, monkeypatch):
-    """Case.kernel picks the cases of the kernels: it must not leave out one they can run."""
+def test_the_kernels_take_every_case(case, monkeypatch):
     monkeypatch.setattr(triton, "unfit", lambda device: None)
     given = cases.inputs(case, torch.float32)
     call = checked(given["q"], given["k"], given["v"], **cases.options(case, given, "cpu"))
-    reason = triton.why_not(call)
-    assert (reason is None) == case.kernel, reason
+    assert triton.why_not(call) is None
+
+
+# what a case has, by its attributes and by what its mask lowers to, never by its name
+OPTIONS = {
+    "bias": lambda case: case.bias is not None,
+    "dropout": lambda case: case.dropout_p > 0,
+    "softcap": lambda case: case.softcap > 0,
+    "alibi": lambda case: case.alibi is not None,
+    "sinks": lambda case: case.sinks,
+    "gqa": lambda case: case.Hq != case.Hkv,
+    "value width": lambda case: case.Dv != case.D,
+    "lse gradient": lambda case: case.lse_grad,
+}
+
+
+def options_of(case) -> frozenset[str]:
+    return frozenset(name for name, has in OPTIONS.items() if has(case))
+
+
+def parts_of(case) -> frozenset[str]:
+    """The parts of a case's lowered mask."""
+    form = lowering.lower(case.mask("cpu"), case.B, case.Hq, case.Lq, case.Lk, torch.device("cpu"))
+    columns = [form.column(index) for index in range(6)]
+    start, end, left, right, q_start, q_end = (
+        column.unique().tolist() if torch.is_tensor(column) else [column] for column in columns
+    )
+    parts = {
+        "diagonal": (left, right) != ([-masks.UNBOUNDED], [masks.UNBOUNDED]),
+        "lengths": (start, end, q_start, q_end) != ([0], [case.Lk], [0], [case.Lq]),
+        "explicit": form.lo is not None,
+        "key bits": form.key_bits is not None,
+        "bits": form.bits is not None,
+    }
+    return frozenset(name for name, has in parts.items() if has)
+
+
+MASKS = {
+    "none": set(),
+    "causal": {"diagonal"},
+    "lengths": {"lengths"},
+    "key bits": {"key bits"},
+    "explicit": {"explicit"},
+    "dense": {"bits"},
+    "dense, causal and lengths": {"bits", "diagonal", "lengths"},
+}
+
+
+def test_every_pair_of_options_is_among_the_cases():
+    """Each option alone under each kind of mask, and each with every other."""
+    every = [
+        (parts_of(case), options_of(case))
+        for case in cases.CASES
+        if case.B > 1 and case.Lq > 32 and case.dtypes == cases.ALL_DTYPES
+    ]
+    for kind, parts in MASKS.items():
+        found = {options for own, options in every if own == parts}
+        missing = [name for name in OPTIONS if {name} not in found]
+        assert not missing, (
+            f"no case has a mask of the kind {kind} and of the options only {missing}"
+        )
+    for pair in itertools.combinations(OPTIONS, 2):
+        grounds = [own for own, options in every if options == set(pair)]
+        assert any(own for own in grounds), f"no masked case has the options {pair} and no other"
 
 
 # -- derivatives ----------------------------------------------------------------------------------

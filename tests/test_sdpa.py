@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 
 import pytest
 import torch
@@ -191,6 +192,140 @@ def test_masks_of_more_batch_dimensions(shape):
     tensors = given((2, 3, 4, 5, 8), (2, 3, 4, 7, 8), (2, 3, 4, 7, 6))
     same(tensors, bits(*shape))
     same(tensors, torch.randn(shape, dtype=torch.float64).requires_grad_())
+
+
+@pytest.mark.parametrize("shape", [*itertools.product((1, 2), (1, 3), (1, 2), (1, 4))], ids=str)
+def test_masks_of_three_batch_dimensions(shape):
+    tensors = given((2, 3, 2, 4, 5, 8), (2, 3, 2, 4, 7, 8), (2, 3, 2, 4, 7, 6))
+    same(tensors, bits(*shape, 5, 7))
+    bias = torch.randn(*shape, 5, 7, dtype=torch.float64)
+    same(tensors, bias.expand(2, 3, 2, 4, 5, 7))
+    same(tensors, bias.requires_grad_())
+    same(tensors, bias.detach().expand(2, 3, 2, 4, 5, 7).requires_grad_())
+
+
+def test_strides_of_more_batch_dimensions():
+    """Neighbours whose strides do not merge."""
+    five = given((2, 3, 4, 5, 8), (2, 3, 4, 7, 8), (2, 3, 4, 7, 6))
+    six = given((2, 3, 2, 4, 5, 8), (2, 3, 2, 4, 7, 8), (2, 3, 2, 4, 7, 6))
+    same(five, bits(3, 2, 1, 5, 7).transpose(0, 1))
+    same(five, torch.randn(3, 2, 4, 5, 7, dtype=torch.float64).transpose(0, 1).requires_grad_())
+    same(six, bits(2, 3, 2, 1, 5, 7).transpose(0, 2))
+    same(six, bits(2, 2, 3, 4, 5, 7).transpose(1, 2))
+    same(six, bits(3, 2, 1, 1, 5, 7).transpose(0, 1))
+
+
+@pytest.mark.parametrize("batch", [(2, 0), (0, 3), (0, 0), (2, 0, 3)], ids=str)
+def test_masks_of_no_batch(batch):
+    tensors = given((*batch, 4, 5, 8), (*batch, 4, 7, 8), (*batch, 4, 7, 6))
+    for shape in itertools.product(*((1, size) for size in batch)):
+        same(tensors, bits(*shape, 1, 5, 7))
+        same(tensors, torch.randn(*shape, 4, 5, 7, dtype=torch.float64))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The calls that attention() hands on."""
+    module, seen = sys.modules["tilemask.attention"], []
+    attend = module.attend
+    monkeypatch.setattr(
+        module, "attend", lambda call, name: (seen.append(call), attend(call, name))[1]
+    )
+    return seen
+
+
+# batch, shape of the mask, what it is expanded to, shape of the view that a backend gets
+VIEWS = {
+    "full": ((2, 3), (2, 3, 1, 5, 7), None, (6, 1, 1, 5, 7)),
+    "pairs of an Evoformer": ((2, 3), (2, 1, 4, 5, 7), None, (2, 1, 4, 5, 7)),
+    "windows of a Swin block": ((2, 3), (1, 3, 1, 5, 7), None, (1, 3, 1, 5, 7)),
+    "one for all": ((2, 3), (4, 5, 7), None, (1, 1, 4, 5, 7)),
+    "batch of 1": ((1, 3), (1, 3, 4, 5, 7), None, (3, 1, 4, 5, 7)),
+    "4-D": ((2, 3), (3, 1, 5, 7), None, (1, 3, 1, 5, 7)),
+    "expanded": ((2, 3), (2, 1, 4, 5, 7), (2, 3, 4, 5, 7), (2, 1, 4, 5, 7)),
+    "expanded all over": ((2, 3), (1, 1, 4, 5, 7), (2, 3, 4, 5, 7), (1, 1, 4, 5, 7)),
+    "two of three": ((2, 3, 2), (2, 3, 1, 1, 5, 7), None, (6, 1, 1, 5, 7)),
+    "last of three": ((2, 3, 2), (1, 1, 2, 1, 5, 7), None, (1, 2, 1, 5, 7)),
+    "first of three": ((2, 3, 2), (2, 1, 1, 1, 5, 7), None, (2, 1, 1, 5, 7)),
+    "batch of 1 between": ((2, 1, 3), (2, 1, 1, 1, 5, 7), None, (2, 1, 1, 5, 7)),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_masks_stay_views(name, calls):
+    """A mask or bias of some of the batch dimensions is neither expanded nor copied."""
+    batch, shape, expanded, expected = VIEWS[name]
+    tensors = given((*batch, 4, 5, 8), (*batch, 4, 7, 8), (*batch, 4, 7, 6))
+    keep, bias = bits(*shape), torch.randn(shape)
+    if expanded:
+        keep, bias = keep.expand(expanded), bias.expand(expanded)
+    sdpa(*tensors, keep)
+    sdpa(*tensors, bias)
+    trained = bias.detach().requires_grad_()
+    sdpa(*tensors, trained)
+    views = [calls[0].mask.bits.view, calls[1].bias, calls[2].bias]
+    for view, source in zip(views, (keep, bias, trained), strict=True):
+        assert view.data_ptr() == source.data_ptr()
+        assert view.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
+    assert views[0].shape == views[1].shape == expected
+    if not expanded:
+        assert views[2].shape == expected
+
+
+def test_padding_of_an_alignment_is_one_bit_per_key(calls):
+    """[B, N, 1, 1, L]: an Evoformer's mask, together with its bias."""
+    tensors = given((2, 3, 4, 7, 8), (2, 3, 4, 7, 8), (2, 3, 4, 7, 6))
+    keep = torch.rand(2, 3, 1, 1, 7) < 0.6
+    same(tensors, keep)
+    lowered = calls[0].mask
+    assert lowered.bits is None and lowered.key_bits.shape == (6, 1, 1, 7)
+    assert lowered.key_bits.data_ptr() == keep.data_ptr()
+
+
+def test_three_apart_keep_one_broadcast(calls):
+    """What cannot be a view is written out, but not over the first."""
+    tensors = given((2, 3, 2, 4, 5, 8), (2, 3, 2, 4, 7, 8), (2, 3, 2, 4, 7, 6))
+    sdpa(*tensors, bits(1, 3, 1, 1, 5, 7))
+    sdpa(*tensors, torch.randn(2, 1, 2, 1, 5, 7))
+    assert calls[0].mask.bits.view.shape == (1, 6, 1, 5, 7)
+    assert calls[1].bias.shape == (2, 6, 1, 5, 7)
+
+
+@pytest.mark.parametrize(
+    "name", ["4-D", "key batch 1", "query batch 1", "4-D query, 2-D key", "5-D", "one key head"]
+)
+def test_tensors_stay_views(name, calls):
+    """query, key and value are not copied where a view has the shape."""
+    tensors = given(*SHAPES[name])
+    sdpa(*tensors)
+    for view, source in zip((calls[0].q, calls[0].k, calls[0].v), tensors, strict=True):
+        assert view.data_ptr() == source.data_ptr()
+
+
+def test_keys_shared_by_all_batches_stay_views(calls):
+    tensors = given((2, 3, 4, 5, 8), (1, 1, 4, 7, 8), (4, 7, 6))
+    same(tensors)
+    assert calls[0].k.data_ptr() == tensors[1].data_ptr()
+    assert calls[0].k.stride(0) == calls[0].v.stride(0) == 0
+
+
+def test_bias_of_two_batch_dimensions(calls):
+    """attention() takes what was flattened, with a gradient of its own shape."""
+    q, k, v = given((6, 4, 5, 8), (6, 2, 7, 8), (6, 2, 7, 6))
+    for shape in ((2, 1, 4, 5, 7), (1, 3, 1, 5, 7), (2, 3, 1, 1, 7), (1, 1, 4, 5, 1)):
+        bias = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        out = tilemask.attention(q, k, v, bias=bias)
+        assert calls.pop().bias.data_ptr() == bias.data_ptr()
+        flat = bias.expand(2, 3, 4, 5, 7).flatten(0, 1)
+        truth = torch_math(q, k, v, attn_mask=flat, enable_gqa=True)
+        torch.testing.assert_close(out, truth)
+        upstream = torch.randn_like(out)
+        got, right = (
+            torch.autograd.grad(o, (q, k, v, bias), upstream, retain_graph=True)
+            for o in (out, truth)
+        )
+        for mine, theirs in zip(got, right, strict=True):
+            torch.testing.assert_close(mine, theirs)
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (1, 7), (4, 5, 7), (4, 1, 1)], ids=str)

@@ -11,7 +11,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tilemask
-from tilemask import autograd, masks
+from tilemask import autograd, backends, masks
 from tilemask.attention import checked
 
 LENGTHS = torch.tensor([50, 61])
@@ -190,14 +190,13 @@ def test_opcheck(kind):
     q, k, v = tensors(requires_grad=False)
     bias, sinks = torch.randn(1, 4, 1, 61), torch.randn(4)
     call = checked(q, k, v, MASKS[kind](), bias=bias, sinks=sinks, dropout_p=0.5, dropout_seed=1)
-    options, mask, bounds, numbers = autograd.packed(call)
-    arguments = (q, k, v, options, mask, bounds, numbers, "reference")
+    packed = autograd.packed(call, backends.reference, "forward")
+    arguments = (q, k, v, *packed, "reference")
     torch.library.opcheck(torch.ops.tilemask.forward.default, arguments)
-    out, lse = torch.ops.tilemask.forward(*arguments)
-    lse = torch.zeros_like(lse)
-    torch.library.opcheck(
-        torch.ops.tilemask.backward.default, (torch.randn_like(out), lse, out, lse, *arguments)
-    )
+    out, lse, rest = torch.ops.tilemask.forward(*arguments)
+    given = (torch.randn_like(out), torch.zeros_like(lse), out, lse, rest, *arguments)
+    for bias_gradient in (True, False):
+        torch.library.opcheck(torch.ops.tilemask.backward.default, (*given, bias_gradient))
 
 
 @pytest.mark.parametrize("order", ["bhld", "blhd"])
@@ -208,8 +207,8 @@ def test_fake_and_real_strides_agree(order):
     real = tilemask.attention(q, k, v)
     with FakeTensorMode() as mode:
         fake = tilemask.attention(*(mode.from_tensor(t) for t in (q, k, v)))
-    options, mask, bounds, numbers = autograd.packed(checked(q, k, v))
-    op, _ = torch.ops.tilemask.forward(q, k, v, options, mask, bounds, numbers, "reference")
+    packed = autograd.packed(checked(q, k, v), backends.reference, "forward")
+    op, *_ = torch.ops.tilemask.forward(q, k, v, *packed, "reference")
     assert fake.shape == real.shape and fake.dtype == real.dtype
     assert fake.stride() == op.stride()
 
@@ -315,10 +314,10 @@ class FakeKernel:
     @staticmethod
     def forward(call):
         with torch.no_grad():
-            return tilemask.backends.reference.forward(call)
+            return *tilemask.backends.reference.forward(call), None
 
     @staticmethod
-    def backward(call, out, lse, dout, dlse):
+    def backward(call, out, lse, rest, dout, dlse, bias_gradient):
         return tilemask.backends.recompute(call, dout, dlse)
 
 

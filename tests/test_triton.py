@@ -4,17 +4,30 @@ visit."""
 import cases
 import numpy as np
 import pytest
+import test_source_cases
+import test_weights
 import torch
 import ways
 from ways import WAYS
 
-KERNEL_CASES = cases.KERNEL_CASES
-# float16 and bfloat16 differ in casts alone: every third case runs both
-PARAMETERS = [
-    pytest.param(case, dtype, id=f"{case.name}-{dtype}")
-    for index, case in enumerate(KERNEL_CASES)
-    for dtype in ("float32", "bfloat16", *(["float16"] if index % 3 == 0 else []))
-]
+INTERVALS = {case.name for case in cases.interval_cases()}
+
+
+def parameters() -> list:
+    """(case, dtype). The first list in float32 and bfloat16, and a third of it in float16, which
+    differs from bfloat16 in casts alone; of the others each case in one of the three. The rest is
+    slow, but on a GPU.
+    """
+    made = []
+    for index, case in enumerate(cases.CASES):
+        names = [n for n in ("float32", "bfloat16", "float16") if getattr(torch, n) in case.dtypes]
+        often = names if torch.cuda.is_available() else [names[index % len(names)]]
+        if case.name in INTERVALS:
+            often = names if index % 3 == 0 else names[:2]
+        for name in names:
+            marks = () if name in often else pytest.mark.slow
+            made.append(pytest.param(case, name, id=f"{case.name}-{name}", marks=marks))
+    return made
 
 
 @pytest.fixture(params=WAYS, ids=lambda way: way.name)
@@ -22,11 +35,26 @@ def way(request):
     return request.param
 
 
-@pytest.mark.parametrize("case, dtype", PARAMETERS)
+@pytest.mark.parametrize("case, dtype", parameters())
 def test_case(way, case, dtype):
     results = way.call(ways.run_case, case.name, dtype, way.default_tile, way.device)
     results = {name: torch.from_numpy(value) for name, value in results.items()}
     cases.check(case, getattr(torch, dtype), results)
+
+
+@pytest.mark.parametrize("reduce", test_weights.REDUCE)
+@pytest.mark.parametrize("name, dtype", test_weights.parameters()[::3])
+def test_weights_of_a_case(way, name, dtype, reduce):
+    dtype = torch.float32 if dtype == torch.float64 else dtype
+    if dtype in cases.named(name).dtypes:
+        kind = str(dtype).removeprefix("torch.")
+        got = way.call(ways.run_weights, name, kind, reduce, way.default_tile, way.device)
+        test_weights.check(name, dtype, reduce, torch.from_numpy(got).to(dtype))
+
+
+@pytest.mark.parametrize("name", test_source_cases.SOURCES)
+def test_source(way, name):
+    way.call(ways.run_source, name, "float32", way.device)
 
 
 # -- visited tiles --------------------------------------------------------------------------------
@@ -48,7 +76,10 @@ def expected_classes(seen: torch.Tensor, block_m: int, block_n: int) -> np.ndarr
     return classes
 
 
-@pytest.mark.parametrize("case", KERNEL_CASES, ids=lambda case: case.name)
+MASKED = [case for case in cases.CASES if case.bias is None and "pair_" not in case.name]
+
+
+@pytest.mark.parametrize("case", MASKED, ids=lambda case: case.name)
 def test_visited_tiles(way, case):
     """Forward, dQ and dK/dV visit exactly the tiles the mask leaves, once, in their class."""
     visited = way.call(ways.visits, case.name, "bfloat16", (16, 32, 4, 1), way.device)
@@ -56,20 +87,25 @@ def test_visited_tiles(way, case):
         np.testing.assert_array_equal(counts, expected_classes(case.seen(), *shape), err_msg=kernel)
 
 
-PERMUTED = [case for case in KERNEL_CASES if "permuted" in case.name]
+LISTED = [
+    case
+    for case in cases.CASES
+    if any(word in case.name for word in ("permuted", "blocks_", "tree", "kills_rows"))
+]
 
 
-def test_a_permuted_document_mask_is_among_the_cases():
-    assert PERMUTED
+def test_masks_whose_lists_are_not_ranges_are_among_the_cases():
+    assert len(LISTED) > 5
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("tile", [(16, 16), (64, 64), (128, 32)])
-@pytest.mark.parametrize("case", PERMUTED, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", LISTED, ids=lambda case: case.name)
 def test_lists_name_the_tiles(way, case, tile, transposed):
     counts, blocks = way.call(ways.lists, case.name, tile, transposed, way.device)
     classes = expected_classes(case.seen(), *tile)
     classes = classes.reshape(case.B, case.Hq, *classes.shape[1:])
+    counts, blocks = (np.broadcast_to(t, (case.B, case.Hq, *t.shape[2:])) for t in (counts, blocks))
     for b, h, block in np.ndindex(*counts.shape[:3]):
         across = classes[b, h, :, block] if transposed else classes[b, h, block]
         for kind in (0, 1):

@@ -83,6 +83,23 @@ def run_case(name: str, dtype: str, tile, device: str) -> dict:
     return {key: value.cpu().double().numpy() for key, value in results.items()}
 
 
+def run_weights(name: str, dtype: str, reduce: str | None, tile, device: str):
+    """attention_weights of a case on the Triton backend, as a float64 array."""
+    import test_weights
+
+    with forced_tile(tile):
+        got = test_weights.run(name, getattr(torch, dtype), reduce, device, "triton")
+    return got.cpu().double().numpy()
+
+
+def run_source(name: str, dtype: str, device: str) -> None:
+    """An example of the documents the project was founded on, on the Triton backend."""
+    import test_source_cases
+
+    with forced_tile(TILE):
+        test_source_cases.run_source(name, dtype, device, "triton")
+
+
 def visits(name: str, dtype: str, tile, device: str) -> dict:
     """How often each kernel visited each tile in each class: int32 [B * Hq, rows, columns, 2], and
     the tile shape it ran with."""
@@ -98,8 +115,9 @@ def visits(name: str, dtype: str, tile, device: str) -> dict:
         )
         assert backends.choose(call, "triton") is triton
         counters = {kernel: counter(call, kernel) for kernel in ("forward", "dq", "dkv")}
-        out, lse = triton.forward(call, counters["forward"])
-        triton.backward(call, out, lse, given["dout"], None, (counters["dq"], counters["dkv"]))
+        out, lse, rest = triton.forward(call, counters["forward"])
+        visited = counters["dq"], counters["dkv"]
+        triton.backward(call, out, lse, rest, given["dout"], None, visits=visited)
         shapes = {kernel: triton.config(call, kernel)[:2] for kernel in counters}
     return {k: (shapes[k], counters[k].cpu().numpy()) for k in counters}
 
@@ -115,15 +133,57 @@ def counter(call, kernel: str):
 
 def lists(name: str, tile, transposed: bool, device: str):
     """counts and blocks of a case's tile lists."""
-    from tilemask import lowering
-    from tilemask.kernels.pack import build_lists
+    from tilemask.attention import checked
+    from tilemask.backends import triton
 
     case = cases.named(name)
-    lowered = lowering.lower(
-        case.mask(device), case.B, case.Hq, case.Lq, case.Lk, torch.device(device)
-    )
-    counts, blocks = build_lists(lowered.lo, lowered.hi, case.Lk, *tile, transposed)
+    given = cases.inputs(case, torch.float32, device)
+    call = checked(*(given[name].detach() for name in "qkv"), case.mask(device))
+    steps = triton.launched()
+    parts, bounds = triton.mask_parts(call, steps), list(call.mask.bounds)
+    counts, blocks = steps.lower(parts, bounds, triton.sizes_of(call), *tile, transposed)
     return counts.cpu().numpy(), blocks.cpu().numpy()
+
+
+def packed(name: str, device: str) -> dict:
+    """Words, transposed words and live rows of a case with bits per pair."""
+    from tilemask.attention import checked
+    from tilemask.backends import triton
+
+    case = cases.named(name)
+    given = cases.inputs(case, torch.float32, device)
+    call = checked(*(given[name].detach() for name in "qkv"), case.mask(device))
+    triton.mask_parts(call, triton.launched(), transposed=True)
+    names = ("words", "transposed", "keys", "live")
+    made = {name: call.mask.prepared.get(name) for name in names}
+    return {name: None if t is None else t.cpu().numpy() for name, t in made.items()}
+
+
+def packed_in_strips(device: str) -> bool:
+    """Whether words packed strip by strip are those packed at once, and no more bits were made."""
+    from tilemask import masks
+    from tilemask.attention import checked
+    from tilemask.backends import triton
+    from tilemask.masks import PairBits
+
+    ids = torch.arange(300, device=device) % 7
+    q = torch.randn(2, 1, 300, 16, device=device)
+    mask = masks.documents(ids)
+    bits = checked(q, q, q, mask).mask.bits
+    counts = []
+
+    def rows(first, count):
+        counts.append(count)
+        return bits.rows(first, count)
+
+    watched, before = PairBits(bits.shape, rows), triton.STRIP
+    whole = triton.packed(watched, 300, triton.launched())
+    triton.STRIP = 64 * 300
+    try:
+        strips = triton.packed(watched, 300, triton.launched())
+    finally:
+        triton.STRIP = before
+    return torch.equal(whole, strips) and counts == [300, 64, 64, 64, 64, 64]
 
 
 def far_apart(device: str):
@@ -210,25 +270,42 @@ def compiled_layers(device: str) -> list[str]:
 
 def opcheck_all(device: str, tile) -> None:
     """torch.library.opcheck on the ops as the Triton backend uses them."""
-    import tilemask
-    from tilemask import autograd
+    from tilemask import masks
     from tilemask.attention import checked
-    from tilemask.backends import triton
 
     q, k = torch.randn(2, 4, 40, 16, device=device), torch.randn(2, 2, 50, 16, device=device)
-    mask = tilemask.masks.prefix_lm(torch.tensor([3, 50], device=device))
+    bits = torch.rand(4, 40, 50, device=device) < 0.5
+    keep = torch.rand(2, 50, device=device) < 0.8
+    prefix = masks.prefix_lm(torch.tensor([3, 50], device=device))
+    options = {
+        "bias": torch.randn(1, 4, 40, 50, device=device),
+        "sinks": torch.randn(4, device=device),
+        "dropout_p": 0.1,
+        "dropout_seed": 3,
+    }
     with forced_tile(tile):
-        call = checked(q, k, k, mask)
-        options, tensors, bounds, numbers = autograd.packed(call)
-        key = triton.list_key(call, "forward")
-        lowered = call.mask
-        check = torch.library.opcheck
-        check(torch.ops.tilemask.lower.default, (lowered.lo, lowered.hi, lowered.len_k, *key))
-        tiles, lists = autograd.lists_of(call, triton, "forward")
-        inputs = (q, k, k.clone(), options)
-        arguments = (*inputs, tensors + lists, bounds + tiles, numbers, "triton")
-        check(torch.ops.tilemask.forward.default, arguments)
-        out, lse = torch.ops.tilemask.forward(*arguments)
-        tiles, lists = autograd.lists_of(call, triton, "backward")
-        given = (*inputs, tensors + lists, bounds + tiles, numbers, "triton")
-        check(torch.ops.tilemask.backward.default, (out, lse, out, lse, *given))
+        opcheck(checked(q, k, k, prefix))
+        opcheck(checked(q, k, k, masks.dense(bits) & masks.padding(keep=keep), **options))
+
+
+def opcheck(call) -> None:
+    from tilemask import autograd
+    from tilemask.backends import triton
+
+    check, ops, mask = torch.library.opcheck, torch.ops.tilemask, call.mask
+    arguments = *call_tensors(call), *autograd.packed(call, triton, "forward"), "triton"
+    parts, rest = triton.mask_parts(call, autograd.traced_steps()), [list(mask.bounds)]
+    rest += [triton.sizes_of(call), *triton.list_key(call, "forward")]
+    check(ops.lower.default, (parts, *rest))
+    if mask.bits is not None:
+        check(ops.pack.default, (mask.bits.view,))
+        check(ops.transpose.default, (parts[4], mask.len_q, mask.len_k))
+        check(ops.live.default, ([*parts[:3], None, *parts[4:]], *rest[:2]))
+    check(ops.forward.default, arguments)
+    out, lse, left = ops.forward(*arguments)
+    given = *call_tensors(call), *autograd.packed(call, triton, "backward"), "triton", True
+    check(ops.backward.default, (out, lse, out, lse, left, *given))
+
+
+def call_tensors(call):
+    return call.q, call.k, call.v.clone()

@@ -3,6 +3,7 @@
 from . import masks
 from .attention import (
     attention,
+    attention_weights,
     explain,
     reference_attention,
     scaled_dot_product_attention,
@@ -12,6 +13,7 @@ from .backends import available_backends, use_backend
 __version__ = "0.1.0"
 __all__ = [
     "attention",
+    "attention_weights",
     "available_backends",
     "explain",
     "masks",

@@ -25,7 +25,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 440  # seconds; the whole command stays under 8 minutes
 # what a GPU can change; the rest (packaging, docs, ahead-of-time code) is the same everywhere
-TESTS = ["test_triton.py", "test_gpu.py", "test_reference.py", "test_sdpa.py", "test_masks.py"]
+TESTS = [
+    "test_triton.py",
+    "test_gpu.py",
+    "test_packing.py",
+    "test_cache.py",
+    "test_reference.py",
+    "test_sdpa.py",
+    "test_masks.py",
+]
 
 
 def lay_out(folder: Path) -> None:
