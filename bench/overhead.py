@@ -68,6 +68,9 @@ def measure() -> dict[str, tuple[float, float]]:
         "scaled_dot_product_attention, is_causal": lambda: tilemask.scaled_dot_product_attention(
             q, k, v, is_causal=True
         ),
+        "scaled_dot_product_attention, bool mask": lambda: tilemask.scaled_dot_product_attention(
+            q, k, v, attn_mask=dense
+        ),
     }
     backends.BACKENDS.insert(0, Trivial(q))
     try:

@@ -98,7 +98,9 @@ def test_links_lead_to_files(page):
             assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("function", ["attention", "scaled_dot_product_attention"])
+@pytest.mark.parametrize(
+    "function", ["attention", "attention_weights", "scaled_dot_product_attention"]
+)
 def test_readme_shows_the_signature(function):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (shown,) = re.findall(rf"^tilemask\.{function}\((.*?)\)$", readme, re.MULTILINE | re.DOTALL)
