@@ -8,6 +8,7 @@ Modules, each using only those before it:
     scores       softcap, bias, ALiBi and dropout inside a tile
     softmax      the online softmax step
     forward      attention forward
+    split        forward of few rows: the tiles of a row split over programs, and their merge
     backward     attention backward
     sums         sums over pairs: attention weights, the gradient of a bias
     interpreter  bfloat16 for Triton's CPU interpreter

@@ -8,6 +8,8 @@ FlashAttention-2 (Dao, arXiv:2307.08691), with the mask inside the loop and two 
 partial tiles, one over full tiles that has no mask code at all.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +22,8 @@ from .masks import (
     load_bounds,
     masked,
     row_intervals,
+    same_rows,
+    share_of,
     tile_words,
     visited_block,
     words_of,
@@ -29,6 +33,17 @@ from .scores import LOG2_E, ScoreArgs, bias_of, is_natural, kept, scored
 from .softmax import softmax_end, softmax_step
 from .tiles import head_of, load_tile, store_tile, tensor_arg
 from .tuning import TileConfig, padded
+
+
+class PartArgs(NamedTuple):
+    """Where one share of several goes (kernels/split.py), as one argument; None for all at once.
+
+    S shares: acc float32 [S, B, Hq, Lq, DV], m and l float32 [S, B, Hq, Lq].
+    """
+
+    acc: torch.Tensor | None = None
+    m: torch.Tensor | None = None
+    l: torch.Tensor | None = None
 
 
 @triton.jit
@@ -105,6 +120,8 @@ def forward_kernel(
     mask,  # MaskArgs
     lists,  # ListArgs, by row block
     score,  # ScoreArgs
+    parts,  # PartArgs
+    splits,  # into how many shares each row block is split, with parts
     visits,  # [B * Hq, row blocks, column blocks, 2] or None
     start,  # the six bounds, where mask.bounds is None
     end,
@@ -125,6 +142,7 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     SIGN: tl.constexpr,
     NATURAL: tl.constexpr,
+    FOLDED: tl.constexpr,
     PRECISION: tl.constexpr,
     PORTABLE: tl.constexpr,
 ):
@@ -140,6 +158,8 @@ def forward_kernel(
 
     # my rows: their intervals, and q
     bounds = load_bounds(mask, b, start, end, left, right, q_start, q_end, len_q, len_k)
+    if FOLDED:  # rows are heads: all of them are row 0
+        bounds = same_rows(bounds, len_q)
     lo, hi = row_intervals(rows, mask, b, h, bounds, len_q)
     alive = lo < hi
     q_tile = load_tile(head_of(q, b, h), first_row, alive, BLOCK_M, D, BLOCK_D)
@@ -152,13 +172,17 @@ def forward_kernel(
         row_block, row_blocks, col_blocks, lists, b, h, bounds, BLOCK_M, BLOCK_N
     )
 
+    first, last, first_full, last_full = 0, partial, 0, full
+    if parts.acc is not None:
+        first, last, first_full, last_full = share_of(partial, full, tl.program_id(1), splits)
+
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
     # two loops, partial tiles first: the one over full tiles has no mask code at all
     for kind in tl.static_range(2):
-        for t in range(partial if kind == 0 else full):
+        for t in range(first if kind == 0 else first_full, last if kind == 0 else last_full):
             col_block = visited_block(t, lists, partial_at, full, full_at, kind == 0)
             count_visit(visits, row_block, col_block, row_blocks, col_blocks, bh, kind == 0)
             acc, m, l = forward_step(
@@ -192,17 +216,25 @@ def forward_kernel(
                 kind == 0,
             )
 
-    # divide by the row sums and store; a row that saw nothing gets 0 and -inf
-    factor, row_lse, row_rest = softmax_end(m, l, alive, score, h, NATURAL)
-    if score.seed is not None:
-        factor *= score.factor
-    acc = tl.where(factor[:, None] == 0, 0.0, acc * factor[:, None])
     inside = rows < len_q
     offset = bh.to(tl.int64) * len_q + rows
-    store_tile(head_of(out, b, h), first_row, acc, inside, DV)
-    tl.store(lse + offset, row_lse, mask=inside)
-    if rest is not None:
-        tl.store(rest + offset, row_rest, mask=inside)
+    if parts.acc is not None:  # one share of several: kernels/split.py puts them together
+        part = (tl.program_id(1) * (tl.num_programs(0) // row_blocks)).to(tl.int64) * len_q + offset
+        tl.store(parts.m + part, tl.where(alive, m, float("-inf")), mask=inside)
+        tl.store(parts.l + part, tl.where(alive, l, 0.0), mask=inside)
+        dims = tl.arange(0, BLOCK_DV)[None, :]
+        acc = tl.where(alive[:, None], acc, 0.0)
+        tl.store(parts.acc + part[:, None] * DV + dims, acc, mask=inside[:, None] & (dims < DV))
+    else:
+        # divide by the row sums and store; a row that saw nothing gets 0 and -inf
+        factor, row_lse, row_rest = softmax_end(m, l, alive, score, h, NATURAL)
+        if score.seed is not None:
+            factor *= score.factor
+        acc = tl.where(factor[:, None] == 0, 0.0, acc * factor[:, None])
+        store_tile(head_of(out, b, h), first_row, acc, inside, DV)
+        tl.store(lse + offset, row_lse, mask=inside)
+        if rest is not None:
+            tl.store(rest + offset, row_rest, mask=inside)
 
 
 def forward(
@@ -221,12 +253,17 @@ def forward(
     config: TileConfig,
     portable: bool,
     visits: torch.Tensor | None = None,
+    folded: bool = False,
+    parts: PartArgs | None = None,
+    splits: int = 1,
 ) -> None:
-    """Launch the kernel: fills out [B, Hq, Lq, DV] and lse (and rest) float32 [B, Hq, Lq].
+    """Launch the kernel: fills out [B, Hq, Lq, DV] and lse (and rest) float32 [B, Hq, Lq], or
+    parts, one share of ``splits`` each.
 
     q [B, Hq, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, DV]: unit last stride. bounds: six ints,
     used where mask.bounds is None. lists: from build_lists for config's tile, for all but affine
     masks. visits: int32 zeros [B * Hq, row blocks, column blocks, 2], counted up by tile and class.
+    folded: rows are query heads that share a key head, all at row 0 of an affine mask.
     """
     batch, heads, len_q, width = q.shape
     group, len_k, width_v = heads // max(1, k.shape[1]), k.shape[2], v.shape[3]
@@ -234,7 +271,7 @@ def forward(
     # a negative scale moves into q and a zero scale too: the loop may then take the row maximum
     # before scaling
     sign = 1 if natural else (scale > 0) - (scale < 0)
-    grid = (triton.cdiv(len_q, config.block_m) * batch * heads,)
+    grid = (triton.cdiv(len_q, config.block_m) * batch * heads, splits)
     if grid[0] == 0:
         return
     forward_kernel[grid](
@@ -247,6 +284,8 @@ def forward(
         mask,
         list_args(lists),
         score,
+        parts or PartArgs(),
+        splits,
         visits,
         *bounds,
         scale if natural else abs(scale) if sign else 1.0,
@@ -262,6 +301,7 @@ def forward(
         BLOCK_N=config.block_n,
         SIGN=sign,
         NATURAL=natural,
+        FOLDED=folded,
         PRECISION=precision,
         PORTABLE=portable,
         num_warps=config.num_warps,

@@ -32,6 +32,9 @@ import triton.language as tl
 WORD_COLUMNS: tl.constexpr = tl.constexpr(128)  # positions that four words hold
 
 
+FAR: tl.constexpr = tl.constexpr(1 << 30)  # beyond every length; sums of two still fit in int32
+
+
 class MaskArgs(NamedTuple):
     """What a kernel is given of a mask, as one argument. What does not apply is None.
 
@@ -113,6 +116,15 @@ def load_bounds(mask, b, start, end, left, right, q_start, q_end, len_q, len_k):
     start, end = tl.maximum(start, 0), tl.minimum(end, len_k)
     q_start, q_end = tl.maximum(q_start, 0), tl.minimum(q_end, len_q)
     return start, end, left, right, q_start, q_end
+
+
+@triton.jit
+def same_rows(bounds, rows):
+    """Bounds under which each of ``rows`` rows sees what row 0 does."""
+    start, end, left, right, q_start, q_end = bounds
+    start, end = tl.maximum(start, left), tl.minimum(end, right)
+    last = tl.where((q_start == 0) & (q_end > 0), rows, 0)
+    return start, end, -FAR, FAR, 0, last
 
 
 @triton.jit
@@ -199,13 +211,13 @@ def interval_bits(lo, hi, lane, BLOCK: tl.constexpr):
 
 @triton.jit
 def words_of(mask, b, h):
-    """Where the words of batch b and head h start; None if the mask has none."""
+    """Where the words of batch b and head h start; 0 if the mask has none."""
     if mask.words is not None:
         outer, inner = b // mask.words_split, b % mask.words_split
         start = outer.to(tl.int64) * mask.words_outer + inner.to(tl.int64) * mask.words_inner
         return mask.words + start + h.to(tl.int64) * mask.words_head
     else:
-        return None
+        return 0
 
 
 @triton.jit
@@ -470,6 +482,20 @@ def counted(ranges):
     first, first_full, last_full, last = ranges
     full = last_full - first_full
     return last - first - full, full, first, first_full
+
+
+@triton.jit
+def share_of(partial, full, part, parts):
+    """(first, last, first_full, last_full): the tiles of one of ``parts`` equal shares, in both
+    classes, partial tiles first."""
+    total = partial + full
+    first, last = total * part // parts, total * (part + 1) // parts
+    return (
+        tl.minimum(first, partial),
+        tl.minimum(last, partial),
+        tl.maximum(first - partial, 0),
+        tl.maximum(last - partial, 0),
+    )
 
 
 @triton.jit

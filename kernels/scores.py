@@ -74,13 +74,13 @@ def is_natural(score: ScoreArgs) -> bool:
 
 @triton.jit
 def bias_of(score, b, h):
-    """Where the bias of batch b and head h starts."""
+    """Where the bias of batch b and head h starts; 0 if there is none."""
     if score.bias is not None:
         outer, inner = b // score.bias_split, b % score.bias_split
         start = outer.to(tl.int64) * score.bias_outer + inner.to(tl.int64) * score.bias_inner
         return score.bias + start + h.to(tl.int64) * score.bias_head
     else:
-        return None
+        return 0
 
 
 @triton.jit

@@ -45,6 +45,24 @@ TABLE: dict[tuple[str, str], dict[int, tuple[TileConfig, TileConfig, TileConfig]
         90: (TileConfig(64, 128, 8, 2), TileConfig(32, 128, 8, 2), TileConfig(32, 32, 8, 1)),
         100: (TileConfig(64, 128, 8, 1), TileConfig(64, 64, 8, 1), TileConfig(32, 32, 8, 2)),
     },
+    ("decode", "half"): {
+        80: (TileConfig(16, 128, 4, 3), TileConfig(16, 64, 4, 3), TileConfig(16, 32, 4, 3)),
+        86: (TileConfig(16, 64, 4, 3), TileConfig(16, 64, 4, 2), TileConfig(16, 32, 4, 2)),
+        90: (TileConfig(16, 128, 4, 3), TileConfig(16, 64, 4, 3), TileConfig(16, 32, 4, 3)),
+        100: (TileConfig(16, 128, 4, 3), TileConfig(16, 64, 4, 3), TileConfig(16, 32, 4, 3)),
+    },
+    ("decode", "tf32"): {
+        80: (TileConfig(16, 64, 4, 2), TileConfig(16, 32, 4, 2), TileConfig(16, 32, 4, 1)),
+        86: (TileConfig(16, 64, 4, 2), TileConfig(16, 32, 4, 2), TileConfig(16, 32, 4, 1)),
+        90: (TileConfig(16, 64, 4, 2), TileConfig(16, 32, 4, 2), TileConfig(16, 32, 4, 1)),
+        100: (TileConfig(16, 64, 4, 2), TileConfig(16, 32, 4, 2), TileConfig(16, 32, 4, 1)),
+    },
+    ("decode", "ieee"): {
+        80: (TileConfig(16, 32, 4, 2), TileConfig(16, 32, 8, 1), TileConfig(16, 32, 8, 1)),
+        86: (TileConfig(16, 32, 4, 2), TileConfig(16, 32, 8, 1), TileConfig(16, 32, 8, 1)),
+        90: (TileConfig(16, 32, 4, 2), TileConfig(16, 32, 8, 1), TileConfig(16, 32, 8, 1)),
+        100: (TileConfig(16, 32, 4, 2), TileConfig(16, 32, 8, 1), TileConfig(16, 32, 8, 1)),
+    },
     ("sums", "half"): {
         80: (TileConfig(64, 64, 8, 1), TileConfig(64, 64, 8, 1), TileConfig(32, 64, 8, 1)),
         86: (TileConfig(64, 64, 8, 1), TileConfig(64, 64, 8, 1), TileConfig(32, 32, 8, 1)),
@@ -128,8 +146,8 @@ def row_of(architecture: int) -> int:
 def pick(
     kernel: str, arithmetic: str, architecture: int, width: int, heavy: bool = False
 ) -> TileConfig:
-    """The configuration of ``kernel`` ("forward", "dq", "dkv", "sums") for a GPU and the larger
-    head width. heavy: the call has packed bits, or options that need registers of their own.
+    """The configuration of ``kernel`` ("forward", "decode", "dq", "dkv", "sums") for a GPU and the
+    larger head width. heavy: the call has packed bits, or options that need registers of their own.
     """
     if _forced is not None:
         return _forced

@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tilemask.kernels import backward, forward, pack, sums
+from tilemask.kernels import backward, forward, pack, split, sums
 from tilemask.kernels.masks import ListArgs, MaskArgs
 from tilemask.kernels.scores import ScoreArgs
 from tilemask.kernels.tiles import TensorArg
@@ -24,6 +24,7 @@ from tilemask.kernels.tuning import TileConfig, padded
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 KERNELS = {
     "forward": forward.forward_kernel,
+    "decode": forward.forward_kernel,
     "dq": backward.dq_kernel,
     "dkv": backward.dkv_kernel,
     "sums": sums.pair_sums_kernel,
@@ -90,6 +91,7 @@ def arguments(
     known["score"] = ScoreArgs(**(OPTIONS[option] if option else {}))
     known["rest"] = "*fp32" if option in ("bias", "sinks") or dtype == "fp32" else None
     known["sums"] = f"*{dtype}"
+    known["parts"] = forward.PartArgs(*["*fp32"] * 3 if kernel == "decode" else [None] * 3)
     return {name: known.get(name, "i32") for name in KERNELS[kernel].arg_names if name.islower()}
 
 
@@ -115,6 +117,7 @@ def compile_kernel(
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "SIGN": 1,
+        "FOLDED": kernel == "decode" and form == "affine" and option is None,
         "NATURAL": option in ("bias", "softcap", "alibi"),
         "ROWS_KEPT": True,
         "COLS_KEPT": True,
@@ -166,6 +169,33 @@ def compile_packing(kernel: str, arch: int, **constants) -> Compiled:
             if name in pointers or name == "len_k" or name.startswith("stride"):
                 hints[(index,)] = [["tt.divisibility", 16]]
     return finish(function, signature, values, hints, arch, TileConfig(0, 0, 4, 1))
+
+
+def compile_merge(arch: int, dtype: str, width: int, splits: int) -> Compiled:
+    """Compile the kernel that merges the shares of a row."""
+    function = split.merge_kernel
+    constants = {"DV": width, "BLOCK_DV": padded(width), "SPLITS": splits, "NATURAL": False}
+    given = {
+        "parts": forward.PartArgs("*fp32", "*fp32", "*fp32"),
+        "out": TensorArg(f"*{dtype}", "i64", "i64", "i32"),
+        "lse": "*fp32",
+        "rest": None,
+        "score": ScoreArgs(),
+    }
+    signature, values = {}, {}
+    for index, name in enumerate(function.arg_names):
+        if name in constants:
+            signature[name], values[(index,)] = "constexpr", constants[name]
+            continue
+        kind = given.get(name, "i32")
+        if isinstance(kind, tuple):
+            signature[name] = type(kind)(*("constexpr" if f is None else f for f in kind))
+            values |= {(index, place): None for place, f in enumerate(kind) if f is None}
+        elif kind is None:
+            signature[name], values[(index,)] = "constexpr", None
+        else:
+            signature[name] = kind
+    return finish(function, signature, values, {}, arch, TileConfig(0, 0, 4, 1))
 
 
 def finish(function, signature, values, hints, arch: int, config: TileConfig) -> Compiled:

@@ -853,7 +853,53 @@ def pair_cases() -> list[Case]:
     return cases
 
 
-CASES = [*interval_cases(), *other_cases(), *mask_cases(), *bias_cases(), *pair_cases()]
+def decode_cases() -> list[Case]:
+    """A few rows at the end of a long cache: keys are split over programs, and heads folded."""
+    cases = []
+
+    def add(name, pair=None, **options):
+        options = dict(B=2, Hq=4, Hkv=2, Lq=1, Lk=330) | options
+        cases.append(Case(f"decode_{name}", pair or everything(), **options))
+
+    latest = causal(align="lower_right")
+    add("everything", lse_grad=True)
+    add("heads", latest, Hq=8, Hkv=1, D=64)
+    add("causal_3", latest, Lq=3)
+    add("causal_16", latest, Lq=16, lse_grad=True)
+    add("causal_17", latest, Lq=17)
+    add("upper_left", causal(), Lq=4, Hkv=4)
+    add("lengths", padding([330, 7]), poison=True)
+    add("empty", padding([0, 300]), poison=True, lse_grad=True)
+    add("left", padding(start=[0, 200]) & latest, Lq=2, poison=True)
+    add("row_left_out", padding(query_lengths=[1, 0]), poison=True)
+    add("window", window(100, 0, align="lower_right"))
+    add("window_5", window(40, 0, align="lower_right"), Lq=5, layout="blhd")
+    add("offsets", causal([329, 40]) & padding([330, 100]), poison=True)
+    add("negative_scale", latest, scale=-0.5)
+    add("blhd", padding([330, 40]), layout="blhd", poison=True)
+    add("widths", latest, D=40, Dv=24, layout="sliced")
+    add("softcap", latest, softcap=2.0, scale=1.0)
+    add("sinks", padding([330, 0]), sinks=True, poison=True, lse_grad=True)
+    add("bias", bias="1H1K", lse_grad=True)
+    add("bias_min", bias="B11K", bias_values="min")
+    add("bias_minus_inf", bias="BHQK", bias_values="-inf", Lq=4)
+    add("alibi", latest, alibi="H", Lq=2)
+    add("dropout", latest, dropout_p=0.3, dropout_seed=9)
+    add("keys", padding(keep=random_keep("decode", 2, 330)), poison=True)
+    add("dense", dense(random_bits("decode", (2, 4, 3, 330), 0.1)), Lq=3)
+    add("tree", dense(random_bits("drafts", (7, 330))) & padding([330, 300]), Lq=7, poison=True)
+    add("documents", varlen([0, 2, 3], [0, 100, 330]), Lq=3)
+    return cases
+
+
+CASES = [
+    *interval_cases(),
+    *other_cases(),
+    *mask_cases(),
+    *bias_cases(),
+    *decode_cases(),
+    *pair_cases(),
+]
 _BY_NAME = {case.name: case for case in CASES}
 assert len(_BY_NAME) == len(CASES), "two cases have one name"
 

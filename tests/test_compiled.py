@@ -54,7 +54,8 @@ def test_row_of_the_table(kernel, arithmetic, arch, place):
     gate(code, arch)
     if arithmetic == "half":
         assert code.count("HGMMA") + code.count("UTCHMMA") + code.count("HMMA") > 0
-    if arithmetic == "half" and arch == 90 and WIDTHS[place] <= 128:
+    wide = arithmetic == "half" and arch == 90 and WIDTHS[place] <= 128
+    if wide and kernel != "decode":
         assert code.count("HGMMA") > 0  # wgmma: tiles of at least 64 rows
 
 
@@ -96,6 +97,15 @@ def test_row_with_bits(kernel, arch, place):
 def test_row_with_bits_and_options(kernel, arch, place, form, option):
     per_batch = form == "keys"
     gate(compiled(kernel, "half", arch, place, form=form, option=option, per_batch=per_batch), arch)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_merge(arch, width):
+    from tilemask.kernels import split
+
+    code = aot.compile_merge(arch, "bf16", width, split.MOST)
+    assert (code.spills, code.stack) == (0, 0)
 
 
 PACKING = {

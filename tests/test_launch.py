@@ -86,6 +86,18 @@ def options(Lq, Lk, seed):
     return {"bias": bias, "sinks": sinks, "alibi_slopes": slopes, **given}
 
 
+def decode(Lq, Lk):
+    launches, loads = stub.stub_launches(), stub.stub_loads()
+    with torch.no_grad():
+        q, k, v = tensors(Lq, Lk)
+        mask = masks.causal(align="lower_right")
+        tilemask.attention(q, k, v, mask=mask, backend="triton")
+    return {"loads": stub.stub_loads() - loads, "launches": stub.stub_launches() - launches}
+
+
+backend.multiprocessors = lambda device: 132
+
+
 def weights(Lq, Lk):
     loads = stub.stub_loads()
     q, k, _ = (t.detach() for t in tensors(Lq, Lk))
@@ -113,6 +125,9 @@ print(json.dumps({
     "other all": step(
         bits(70, 90) & masks.padding(keep=keep) & masks.causal(9), **options(70, 90, 2)
     ),
+    "decode": decode(1, 3330),
+    "other decode": decode(1, 3517),
+    "decode 3": decode(3, 3330),
     "weights": weights(70, 90),
     "other weights": weights(333, 517),
 }))
@@ -151,6 +166,7 @@ def test_launches(steps):
     assert steps["keys"]["launches"] == 3 + 4 + 2
     assert steps["all"]["launches"] == 3 + 4 + 4 + 1  # both kinds of words; the bias gradient
     assert steps["causal"]["loads"] == 3
+    assert steps["decode"]["launches"] == steps["decode 3"]["launches"] == 2  # and the merge
 
 
 def test_grids(steps):
@@ -176,6 +192,7 @@ def test_grids(steps):
         "other dense",
         "other all",
         "other weights",
+        "other decode",
     ],
 )
 def test_other_numbers_compile_nothing(steps, name):

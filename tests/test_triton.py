@@ -57,6 +57,45 @@ def test_source(way, name):
     way.call(ways.run_source, name, "float32", way.device)
 
 
+# -- decoding -------------------------------------------------------------------------------------
+
+FOLDED = {
+    "decode_everything": True,
+    "decode_heads": True,
+    "decode_window": True,
+    "decode_empty": True,
+    "decode_softcap": True,
+    "decode_upper_left": False,  # several rows
+    "decode_causal_16": False,
+    "decode_sinks": False,  # a number per head
+    "decode_alibi": False,
+    "decode_keys": False,  # lists are made for rows
+    "decode_documents": False,
+}
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_few_rows_are_split(way, name):
+    splits, folded = way.call(ways.shares, name, way.device)
+    assert splits > 1 and folded == FOLDED[name]
+
+
+def test_more_rows_are_not_split(way):
+    assert way.call(ways.shares, "decode_causal_17", way.device) == (1, False)
+
+
+def test_number_of_shares():
+    """Two programs per multiprocessor, four tiles per share, and an end to it."""
+    from tilemask.kernels import split
+
+    assert split.count(programs=32, tiles=1000, multiprocessors=132) == 9
+    assert split.count(programs=32, tiles=20, multiprocessors=132) == 5
+    assert split.count(programs=1, tiles=10**6, multiprocessors=132) == split.MOST
+    assert split.count(programs=264, tiles=1000, multiprocessors=132) == 1
+    assert split.count(programs=32, tiles=0, multiprocessors=132) == 1
+    assert split.count(programs=0, tiles=9, multiprocessors=132) == 1
+
+
 # -- visited tiles --------------------------------------------------------------------------------
 
 

@@ -122,6 +122,29 @@ def visits(name: str, dtype: str, tile, device: str) -> dict:
     return {k: (shapes[k], counters[k].cpu().numpy()) for k in counters}
 
 
+def shares(name: str, device: str) -> tuple[int, bool]:
+    """Into how many shares a case's keys are split, and whether its heads are folded into rows."""
+    import tilemask
+    from tilemask.kernels import forward, split
+
+    case, seen, launch = cases.named(name), [], forward.forward
+    given = cases.inputs(case, torch.float32, device)
+
+    def watched(*arguments, **options):
+        seen.append((options.get("splits", 1), options["folded"]))
+        return launch(*arguments, **options)
+
+    forward.forward = split.forward = watched
+    try:
+        with forced_tile(TILE), torch.no_grad(), tilemask.use_backend("triton"):
+            options = cases.options(case, given, device)
+            tilemask.attention(given["q"], given["k"], given["v"], **options)
+    finally:
+        forward.forward = split.forward = launch
+    (only,) = seen
+    return only
+
+
 def counter(call, kernel: str):
     from tilemask.backends import triton
 

@@ -22,6 +22,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST = (3, 6)  # of Triton
 WIDEST = 256
+FEW_ROWS = 16  # one tile of rows: see kernels/split.py
 LONGEST = 1 << 30  # positions are int32 in the kernels
 WIDEST_STRIDE = 1 << 23  # offsets inside a tile are int32 too
 STRIP = 1 << 25  # bits per pair computed at a time, before they are packed
@@ -80,6 +81,14 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
+@asked_once
+def multiprocessors(device: torch.device) -> int:
+    """How many the GPU has; 8 for the interpreter."""
+    if device.type != "cuda":
+        return 8
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def why_not(call) -> str | None:
     q, k, v = call.q, call.k, call.v
     reason = unfit(q.device)
@@ -112,6 +121,8 @@ def config(call, kernel: str):
     """The tile shape that ``kernel`` ("forward", "dq" or "dkv") runs this call with."""
     from ..kernels import tuning
 
+    if kernel == "forward" and is_decoding(call):
+        kernel = "decode"
     arithmetic = precision(call.q.dtype) if call.q.dtype == torch.float32 else "half"
     width = max(call.q.shape[3], call.v.shape[3])
     heavy = has_bits(call.mask) or not is_plain(call)
@@ -275,25 +286,58 @@ def forward(call, visits: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor 
     out = empty_like_query(q, v.shape[3])
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     rest = torch.empty_like(lse) if has_rest(call) else None
+    tile = config(call, "forward")
+    options = {"visits": visits, "folded": visits is None and folds(call)}
+    results = [q, out, lse, rest]
+    if options["folded"]:
+        results = [folded(t, k.shape[1]) for t in results]
+    q_rows, out_rows, lse_rows, rest_rows = results
+    if is_decoding(call) and visits is None:
+        from ..kernels import split
+
+        rows = -(-q_rows.shape[2] // tile.block_m) * q_rows.shape[0] * q_rows.shape[1]
+        tiles = -(-k.shape[2] // tile.block_n)
+        options["splits"] = split.count(rows, tiles, multiprocessors(q.device))
+        if options["splits"] > 1:
+            launch = split.forward_split
     with on_device(q):
         launch(
-            q,
+            q_rows,
             k,
             v,
-            out,
-            lse,
-            rest,
+            out_rows,
+            lse_rows,
+            rest_rows,
             call.mask.bounds,
             mask_of(call),
             lists_for(call, "forward", launched()),
             score_of(call),
             call.scale,
             precision(q.dtype),
-            config(call, "forward"),
+            tile,
             INTERPRETED,
-            visits,
+            **options,
         )
     return out, lse, rest
+
+
+def is_decoding(call) -> bool:
+    """Whether rows are so few that their keys are split over programs."""
+    return call.q.shape[2] <= FEW_ROWS
+
+
+def folds(call) -> bool:
+    """Whether query heads that share a key head become rows of one tile: where each has one row,
+    and nothing but q tells them apart. K and V are then read once for all of them."""
+    mask = call.mask
+    alike = call.bias is None and call.alibi_slopes is None and call.sinks is None
+    alike = alike and not call.dropout_p and mask.lo is None and not has_bits(mask)
+    return bool(alike and call.q.shape[2] == 1 and call.q.shape[1] > call.k.shape[1])
+
+
+def folded(tensor: Tensor | None, kv_heads: int) -> Tensor | None:
+    """[B, Hq, 1, ...] as a view [B, Hkv, Hq / Hkv, ...]."""
+    return None if tensor is None else tensor.unflatten(1, (kv_heads, -1)).squeeze(3)
 
 
 def has_rest(call) -> bool:
