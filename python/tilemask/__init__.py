@@ -9,6 +9,7 @@ from .attention import (
     scaled_dot_product_attention,
 )
 from .backends import available_backends, use_backend
+from .merge import merge_states
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "available_backends",
     "explain",
     "masks",
+    "merge_states",
     "reference_attention",
     "scaled_dot_product_attention",
     "use_backend",

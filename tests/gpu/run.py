@@ -30,6 +30,8 @@ TESTS = [
     "test_gpu.py",
     "test_packing.py",
     "test_cache.py",
+    "test_integrations_flash_attn.py",
+    "test_merge.py",
     "test_reference.py",
     "test_sdpa.py",
     "test_masks.py",

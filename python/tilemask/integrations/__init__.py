@@ -1,0 +1,1 @@
+"""tilemask inside other libraries, one module each; importing tilemask imports none of them."""
