@@ -10,7 +10,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 OUTSIDE_PYTHON = {"tilemask.kernels": "kernels"}  # packages that do not live under python/
-TEST = ["numpy", "packaging", "pytest>=8", "pytest-xdist"]
+TEST = ["numpy", "packaging", "pytest>=8", "pytest-xdist", "transformers>=4.57"]
 DEV = [*TEST, "build", "clang-format", "ruff", "setuptools>=77"]
 
 

@@ -32,6 +32,8 @@ TESTS = [
     "test_cache.py",
     "test_integrations_flash_attn.py",
     "test_merge.py",
+    "test_nn.py",
+    "test_integrations_torch.py",
     "test_reference.py",
     "test_sdpa.py",
     "test_masks.py",
