@@ -91,7 +91,8 @@ def arguments(
     known["score"] = ScoreArgs(**(OPTIONS[option] if option else {}))
     known["rest"] = "*fp32" if option in ("bias", "sinks") or dtype == "fp32" else None
     known["sums"] = f"*{dtype}"
-    known["parts"] = forward.PartArgs(*["*fp32"] * 3 if kernel == "decode" else [None] * 3)
+    if kernel in ("forward", "decode"):
+        known["parts"] = forward.PartArgs(*["*fp32"] * 3 if kernel == "decode" else [None] * 3)
     return {name: known.get(name, "i32") for name in KERNELS[kernel].arg_names if name.islower()}
 
 
