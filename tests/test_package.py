@@ -1,7 +1,7 @@
 """The package as it is built and installed, and the rules that the files of the repository keep.
 
 Tests marked `install` build from a copy of the sources, so that nothing is left in the repository,
-and never reach for the network.
+never reach for the network, and leave the CUDA library out: that is in test_build.py.
 """
 
 import ast
@@ -36,17 +36,20 @@ NOT_SOURCE = shutil.ignore_patterns(
     "*.egg-info",
     "*.so",
     "*.o",
+    "_build_info.py",
     "PKG-INFO",
 )
 
 
 def run(*command, cwd, check=True):
-    """Run a command with no package index and no foreign import path; its output is the error."""
+    """Run a command with no package index, no foreign import path and no nvcc; its output is the
+    error."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(
         [str(word) for word in command],
         cwd=cwd,
-        env=env | {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
+        env=env
+        | {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "TILEMASK_CUDA": "off"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -189,8 +192,10 @@ class TestWheel:
         info = f"tilemask-{source_version()}.dist-info"
         assert {name.split("/")[0] for name in names} == {"tilemask", info}
         expected = python_files(sources / "python")
-        expected |= {f"tilemask/kernels/{name}" for name in python_files(sources / "kernels")}
+        for folder in ("kernels", "bench"):
+            expected |= {f"tilemask/{folder}/{name}" for name in python_files(sources / folder)}
         assert {"tilemask/__init__.py", "tilemask/kernels/__init__.py"} <= expected
+        expected.add("tilemask/_build_info.py")
         assert {name for name in names if name.endswith(".py")} == expected
         assert any(name.startswith(info) and name.endswith("/LICENSE") for name in names)
 
@@ -272,18 +277,18 @@ class TestEditable:
 # ---------------------------------------------------------------- rules of the repository
 
 
-def test_nothing_stands_in_the_way_of_the_kernels():
-    """A folder of that name, even an empty one, would be imported in place of kernels/."""
-    assert not (ROOT / "python/tilemask/kernels").exists()
+@pytest.mark.parametrize("name", ["kernels", "bench"])
+def test_nothing_stands_in_the_way_of_folders_outside_python(name):
+    """A folder of that name, even an empty one, would be imported in place of the one outside."""
+    assert not (ROOT / "python/tilemask" / name).exists()
 
 
-@pytest.mark.parametrize("module", ["kernels", "kernels.masks"])
-def test_kernels_are_not_importable_from_the_root(module):
+@pytest.mark.parametrize("module", ["kernels", "kernels.masks", "bench", "bench.area"])
+def test_folders_outside_python_are_not_importable_from_the_root(module):
     done = run(sys.executable, "-c", f"import {module}", cwd=ROOT, check=False)
+    top = module.split(".")[0]
     assert done.returncode == 1
-    assert (
-        "ImportError: these kernels are imported as tilemask.kernels, not as kernels" in done.stderr
-    )
+    assert f"are imported as tilemask.{top}, not as {top}" in done.stderr
 
 
 def test_triton_modules_name_the_language():

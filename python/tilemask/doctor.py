@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import tilemask
-from tilemask import backends, masks
+from tilemask import backends, library, masks
 
 BOUND = 1e-4  # float32 rounding stays far below, a wrong mask far above
 VARIABLES = ("TILEMASK_BACKEND", "TILEMASK_DEBUG", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
@@ -29,6 +29,7 @@ def main() -> int:
         "python": f"{platform.python_version()}, {sys.executable}",
         "torch": f"{torch.__version__}, {cuda_build()}",
         "triton": installed("triton") or "not installed",
+        "library": cuda_library(),
         "driver": driver(),
         "GPUs": "none that torch can use",
     }
@@ -68,6 +69,17 @@ def installed(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def cuda_library() -> str:
+    """What libtilemask.so was built for, and what keeps it from running; or why it is missing."""
+    reason = library.unavailable()
+    if reason is not None:
+        return reason
+    names, nvcc = library.architectures(), library.built()[1]
+    text = f"libtilemask.so, ABI {library.ABI}, CUDA {nvcc}, for {names}"
+    reasons = (library.unfit(device) for device in range(max(1, torch.cuda.device_count())))
+    return "; does not run here: ".join([text, *dict.fromkeys(filter(None, reasons))])
 
 
 def gpus() -> list[str]:
@@ -159,6 +171,8 @@ def advice(works: set[str], states: dict[str, str]) -> str:
         return "the reference fails its check: reinstall torch and tilemask"
     if interpreted():
         return "unset TRITON_INTERPRET, unless you debug kernels: the interpreter is very slow"
+    if torch.cuda.is_available() and (reason := library.unavailable()):
+        return f"{reason}; docs/install.md says how to build it"
     if "triton" in works:
         return "none: on this GPU, calls that the Triton kernels support run on them"
     if installed("triton") is None:
