@@ -1,0 +1,273 @@
+// dQ and delta, one pass over the visited tiles of a row block.
+//
+//   where am I -> my rows' intervals, do, delta = rowsum(do * out) - dlse, q and lse
+//   -> for every visited column block:
+//       dp = do @ v.T - delta -> scores = q @ k.T, biased -> ds = exp(scores - lse) * dp, masked
+//       dq += ds @ k
+//   -> scale -> store
+//
+// Two loops, as in the forward. k is in shared memory twice, so the next one arrives during a whole
+// step; v, which a step needs first, arrives during all but its first product. Two barriers a step.
+//
+// Aim, instructions per score in the full loop: three products, and 4.5 for ds (a fused
+// multiply-add, exp2, a multiplication, half a conversion, and the copies' share of addresses):
+//   width 64 (128 x 32 tiles):  3 mma, 1.25 ldmatrix, 4.5, 0.5 copies = 9.3; at most 12 with the
+//     loop
+//   width 128 (64 x 64):  6 mma, 3.5 ldmatrix, 4.5, 1 copies = 15; at most 18
+// Partial tiles: at most 10 more, of which the words of rows and the select are 3.
+#include "backward.cuh"
+#include "mask.cuh"
+#include "scores.cuh"
+#include "softmax.cuh"
+#include "tile/fragments.cuh"
+#include "tile/shared.cuh"
+#include "tiles.h"
+
+namespace {
+
+// What all threads of a block share of their rows. In shared memory: registers are for
+// accumulators.
+template <int BLOCK_M>
+struct RowBlock {
+  Visit visit;
+  int32_t* visits;
+  Head k, v;
+  const uint32_t* words;
+  const uint32_t* keys;
+  Options options;
+  Interval live;  // outside are no live columns
+  int b, h, first_row;
+  Interval rows[BLOCK_M];
+};
+
+template <typename T, int WIDTH, bool GENERAL>
+struct DqKernel {
+  static constexpr TileShape SHAPE = dq_tile(WIDTH);
+  static constexpr int BLOCK_M = SHAPE.block_m, BLOCK_N = SHAPE.block_n;
+  static constexpr int THREADS = SHAPE.warps * WARP;
+  static constexpr int MT = SHAPE.row_tiles, NT = BLOCK_N / 8;
+  static constexpr bool NATURAL = GENERAL;
+  static constexpr int Q_BYTES = TILE_BYTES<BLOCK_M, WIDTH>;
+  static constexpr int K_BYTES = TILE_BYTES<BLOCK_N, WIDTH>;
+  static constexpr int STATE_BYTES = (sizeof(RowBlock<BLOCK_M>) + 1023) / 1024 * 1024;
+  static constexpr int SHARED = STATE_BYTES + 2 * Q_BYTES + 3 * K_BYTES;
+  static_assert(SHAPE.warps * MT * 16 == BLOCK_M, "every row has a warp");
+  static_assert(SHARED <= MOST_SHARED, "a block fits on every GPU");
+};
+
+template <typename T, int WIDTH, bool GENERAL>
+__global__ void __launch_bounds__(DqKernel<T, WIDTH, GENERAL>::THREADS, 1)
+    dq_kernel(const __grid_constant__ BackwardCall call) {
+  using Kernel = DqKernel<T, WIDTH, GENERAL>;
+  constexpr int BLOCK_M = Kernel::BLOCK_M, BLOCK_N = Kernel::BLOCK_N, THREADS = Kernel::THREADS;
+  constexpr int MT = Kernel::MT, NT = Kernel::NT;
+  constexpr bool NATURAL = Kernel::NATURAL;
+  const TilemaskMask& mask = call.mask;
+  const TilemaskScore& score = call.score;
+  const int len_q = call.sizes.len_q, len_k = call.sizes.len_k;
+
+  // where am I: the last row block first, under a causal mask it is the longest
+  const int row_blocks = cdiv(len_q, BLOCK_M), col_blocks = cdiv(len_k, BLOCK_N);
+  const int bh = blockIdx.x / row_blocks, row_block = row_blocks - 1 - blockIdx.x % row_blocks;
+  const int b = bh / call.sizes.heads, h = bh % call.sizes.heads;
+  const int kv_head = h / (call.sizes.heads / call.sizes.kv_heads);
+  const int first_row = row_block * BLOCK_M;
+  const int lane = lane_id() % 4;
+  const int warp_row = threadIdx.x / WARP * 16 * MT;  // of the tile
+  const int own_row = warp_row + lane_id() / 4;       // this thread's first row of the tile
+
+  extern __shared__ __align__(1024) uint8_t shared[];
+  RowBlock<BLOCK_M>& mine = *reinterpret_cast<RowBlock<BLOCK_M>*>(shared);
+  const uint32_t q_tile = shared_address(shared) + Kernel::STATE_BYTES;
+  const uint32_t do_tile = q_tile + Kernel::Q_BYTES, k_tile = do_tile + Kernel::Q_BYTES;
+  const uint32_t v_tile = k_tile + 2 * Kernel::K_BYTES;
+
+  // my rows: do, out in the place of q, their intervals, and the tiles to visit
+  const auto load_mine = [&](uint32_t tile, const Head& head) {
+    load_tile<BLOCK_M, WIDTH, THREADS, GENERAL>(tile, head, first_row,
+                                                [&](int row) { return row < len_q; });
+  };
+  load_mine(do_tile, head_of(call.dout, b, h, call.sizes.width_v, call.dout_chunked));
+  load_mine(q_tile, head_of(call.out, b, h, call.sizes.width_v, call.out_chunked));
+  cp_async_commit_group();
+  {
+    const Bounds bounds = load_bounds(mask, b, len_q, len_k);
+    if (threadIdx.x < BLOCK_M)
+      mine.rows[threadIdx.x] = row_interval(mask, bounds, b, h, first_row + threadIdx.x, len_q);
+    if (threadIdx.x == 0) {
+      mine.visit = columns_to_visit<BLOCK_M, BLOCK_N>(call.lists, bounds, b, h, row_block,
+                                                      row_blocks, col_blocks);
+      mine.visits = visits_of(call.visits_dq, bh, row_block, row_blocks, col_blocks);
+      mine.k = head_of(call.k, b, kv_head, call.sizes.width, call.k_chunked);
+      mine.v = head_of(call.v, b, kv_head, call.sizes.width_v, call.v_chunked);
+      mine.b = b, mine.h = h, mine.first_row = first_row;
+      mine.live = {bounds.start, bounds.end};
+      mine.keys = keys_of(mask, b);
+      mine.words = words_of(mask, b, h);
+      mine.options = options_of<GENERAL>(score, b, h, bh);
+    }
+  }
+  __syncthreads();
+
+  // starts a copy of k or v: what padding excludes is never read, 0 * NaN would be NaN
+  const auto load = [&](auto masked, uint32_t tile, const Head& head, int block) {
+    const auto copy = [&](auto rolled, auto inside) {
+      load_tile<BLOCK_N, WIDTH, THREADS, GENERAL, rolled.value>(tile, head, block * BLOCK_N,
+                                                                inside);
+    };
+    const Interval live = mine.live;
+    const uint32_t* keys = mine.keys;
+    if (!masked.value)
+      copy(Flag<false>(), [](int) { return true; });
+    else if (keys)
+      copy(Flag<true>(), [&](int col) { return is_live_column(live, keys, col); });
+    else
+      copy(Flag<false>(), [&](int col) { return visible(live, true, col); });
+    cp_async_commit_group();
+  };
+  const bool any = mine.visit.partial + mine.visit.full > 0;
+  int block = any ? visited_block(mine.visit, 0) : 0;
+  if (any) {
+    load(Flag<true>(), k_tile, mine.k, block);
+    load(Flag<true>(), v_tile, mine.v, block);
+    cp_async_wait_group<2>();
+  } else {
+    cp_async_wait_group<0>();
+  }
+  __syncthreads();
+
+  // delta, then q in the place of out
+  const uint32_t q_lanes = lanes_along_rows<WIDTH>(q_tile, warp_row);
+  const uint32_t do_lanes = lanes_along_rows<WIDTH>(do_tile, warp_row);
+  float minus_delta[MT][2];
+  RowLse lse[MT][2];
+  sum_products<T, WIDTH>(minus_delta, do_lanes, q_lanes);
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int local = own_row + 16 * m + 8 * i, row = first_row + local;
+      const int64_t head = static_cast<int64_t>(bh) * len_q;
+      float delta = sum_of_row(minus_delta[m][i]);
+      if (!is_alive(mine.rows[local])) delta = 0;  // do and out may hold anything
+      if (call.dlse && row < len_q) delta -= call.dlse[head + row];
+      if (lane == 0 && row < len_q) call.delta[head + row] = delta;
+      minus_delta[m][i] = -delta;
+      lse[m][i] =
+          load_lse<NATURAL>(call.lse + head, call.rest ? call.rest + head : nullptr, row, len_q);
+    }
+  __syncthreads();
+  load_mine(q_tile, head_of(call.q, b, h, call.sizes.width, call.q_chunked));
+  cp_async_commit_group();
+
+  float minus_rest[MT][2];  // in units of products
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) minus_rest[m][i] = __fdividef(-lse[m][i].rest, call.scale_log2);
+
+  const uint32_t k_across = lanes_across_rows<WIDTH>(k_tile, 0);
+  const uint32_t k_along = lanes_along_rows<WIDTH>(k_tile, 0);
+  const uint32_t v_lanes = lanes_across_rows<WIDTH>(v_tile, 0);
+  float dq[MT][WIDTH / 8][4];
+  clear(dq);
+
+  const auto dq_step = [&](auto partial, int t) {
+    constexpr bool PARTIAL = decltype(partial)::value;
+    const int first_col = block * BLOCK_N;
+    const uint32_t stage = t % 2 * Kernel::K_BYTES;
+    count_visit(mine.visits, block, PARTIAL);
+    const bool more = t + 1 < mine.visit.partial + mine.visit.full;
+    if (more) block = visited_block(mine.visit, t + 1);
+    cp_async_wait_group<0>();
+    __syncthreads();  // k and v are here, and nobody reads the last k any more
+    if (more) load(partial, k_tile + Kernel::K_BYTES - stage, mine.k, block);
+
+    // dp = do @ v.T - delta
+    float ds[MT][NT][4];
+    if constexpr (GENERAL)
+      clear(ds);
+    else
+      fill_rows(ds, minus_delta);
+    multiply_transposed<T, WIDTH>(ds, opaque(do_lanes), opaque(v_lanes));
+    __syncthreads();  // nobody reads this v any more
+    if (more) load(partial, v_tile, mine.v, block);
+    if constexpr (GENERAL) {
+      if (score.seed) {
+        uint32_t words[MT][2];
+        kept<BLOCK_N>(words, score, mine.options, mine.first_row + own_row, first_col, lane);
+        masked(ds, 0, words);
+      }
+      add_to_rows(ds, score.seed ? score.keep_factor : 1, minus_delta);
+    }
+
+    // ds = exp(q @ k.T - lse) * dp, masked
+    float scores[MT][NT][4];
+    if constexpr (GENERAL)
+      clear(scores);
+    else
+      fill_rows(scores, minus_rest);
+    multiply_transposed<T, WIDTH>(scores, opaque(q_lanes), opaque(k_across + stage));
+    if constexpr (GENERAL)
+      scored(
+          scores, [&](int m, int n, int e, float bend) { ds[m][n][e] *= bend; }, score,
+          mine.options, Place<false>{mine.first_row + own_row, first_col + 2 * lane},
+          call.sizes.scale, len_q, len_k);
+#pragma unroll
+    for (int m = 0; m < MT; ++m)
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          ds[m][n][e] *= weight<NATURAL, false>(scores[m][n][e], lse[m][e / 2], call.scale_log2);
+    if constexpr (PARTIAL) {
+      uint32_t words[MT][2];
+      tile_words<BLOCK_N>(words, mask, mine.words, mine.keys, mine.rows + own_row,
+                          mine.first_row + own_row, first_col, len_q, lane);
+      masked(ds, 0, words);
+    }
+
+    // dq += ds @ k
+    uint32_t ds_rounded[MT][NT / 2][4];
+    round_operand<T>(ds_rounded, ds);
+    multiply<T, WIDTH>(dq, ds_rounded, opaque(k_along + stage));
+  };
+
+  // two loops, partial tiles first: the one over full tiles has no mask code at all
+  int t = 0;
+#pragma unroll 1
+  for (; t < mine.visit.partial; ++t) dq_step(Flag<true>(), t);
+#pragma unroll 1
+  for (; t < mine.visit.partial + mine.visit.full; ++t) dq_step(Flag<false>(), t);
+
+  // scale and store; a row that saw nothing has gradient 0
+  cp_async_wait_group<0>();
+  __syncthreads();  // nobody reads q or writes to its place any more
+  float factor[MT][2];
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      factor[m][i] = is_alive(mine.rows[own_row + 16 * m + 8 * i]) ? call.sizes.scale : 0;
+  finish_rows(dq, factor);
+  store_accumulator<T, WIDTH>(q_tile, warp_row, dq);
+  __syncwarp();
+  store_rows<16 * MT, WIDTH, GENERAL>(
+      q_tile, warp_row, head_of(call.dq, mine.b, mine.h, call.sizes.width, call.dq_chunked),
+      mine.first_row + warp_row, [&](int row) { return row < len_q; });
+}
+
+}  // namespace
+
+int launch_dq(const BackwardCall& call, bool general) {
+  const TilemaskSizes& sizes = call.sizes;
+  return dispatch(
+      call.head.dtype, max_width(sizes), general, [&](auto type, auto width, auto any) -> int {
+        using T = decltype(type);
+        using Kernel = DqKernel<T, width.value, any.value>;
+        TILEMASK_TRY(check_lists(call.mask, call.lists, Kernel::BLOCK_M, Kernel::BLOCK_N));
+        const dim3 grid(cdiv(sizes.len_q, Kernel::BLOCK_M) * sizes.batch * sizes.heads);
+        return launch(dq_kernel<T, width.value, any.value>, grid, Kernel::THREADS, Kernel::SHARED,
+                      call);
+      });
+}

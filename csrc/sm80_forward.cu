@@ -1,0 +1,279 @@
+// Forward: out = softmax(scale * q k^T, masked) v and lse, one pass over the visited tiles.
+//
+//   where am I -> my rows' intervals and q -> for every visited column block:
+//       scores = q @ k.T, biased and masked -> softmax_step -> acc = acc * rescale + p @ v
+//   -> divide by the row sums -> store
+//
+// FlashAttention-2 (Dao, arXiv:2307.08691), with the mask inside the loop and two loops: one over
+// partial tiles, one over full tiles that has no mask code at all. Copies run ahead over the
+// visited tiles: v arrives during q @ k.T, the next k during the softmax and p @ v.
+//
+// Aim, instructions per score in the full loop: what the products and the softmax need, which is
+//   width 64 (128 x 64 tiles):  2 mma, 0.5 ldmatrix, 4.5 softmax (maximum, fused multiply-add,
+//   exp2,
+//     sum, half a conversion), 0.4 copies with their addresses  = 7.4; at most 10 with the loop
+//   width 128 (128 x 32):  4 mma, 1.5 ldmatrix, 4.5 softmax, 0.8 copies = 10.8; at most 16
+// not counting acc * rescale, which softmax_step seldom does. Partial tiles: at most 10 more, of
+// which the words of rows and the select are 3.
+#include "forward.cuh"
+#include "launch.cuh"
+#include "mask.cuh"
+#include "scores.cuh"
+#include "softmax.cuh"
+#include "tile/fragments.cuh"
+#include "tile/shared.cuh"
+#include "tiles.h"
+
+namespace {
+
+// What all threads of a block share of their rows. In shared memory: registers are for
+// accumulators.
+template <int BLOCK_M>
+struct RowBlock {
+  Visit visit;
+  int32_t* visits;
+  Head k, v;
+  const uint32_t* words;
+  const uint32_t* keys;
+  Options options;
+  Interval live;  // outside are no live columns
+  int b, h, bh, first_row;
+  Interval rows[BLOCK_M];
+};
+
+template <typename T, int WIDTH, bool GENERAL, bool DECODE>
+struct ForwardKernel {
+  static constexpr TileShape SHAPE = DECODE ? decode_tile(WIDTH) : forward_tile(WIDTH);
+  static constexpr int BLOCK_M = SHAPE.block_m, BLOCK_N = SHAPE.block_n;
+  static constexpr int THREADS = SHAPE.warps * WARP;
+  static constexpr int MT = SHAPE.row_tiles;
+  static constexpr int COLUMNS = BLOCK_N / SHAPE.across;  // of a warp
+  static constexpr int NT = COLUMNS / 8;
+  static constexpr bool NATURAL = GENERAL;
+  static constexpr bool Q_IN_REGISTERS = WIDTH == 64;
+  static constexpr int Q_BYTES = TILE_BYTES<BLOCK_M, WIDTH>;
+  static constexpr int K_BYTES = TILE_BYTES<BLOCK_N, WIDTH>;
+  static constexpr int TILES_BYTES = Q_BYTES + 2 * K_BYTES;
+  static constexpr int STATE_BYTES = (sizeof(RowBlock<BLOCK_M>) + 1023) / 1024 * 1024;
+  static constexpr int MERGE_BYTES = DECODE ? merge_bytes(WIDTH, SHAPE.across) : 0;
+  static constexpr int SHARED =
+      STATE_BYTES + (TILES_BYTES > MERGE_BYTES ? TILES_BYTES : MERGE_BYTES);
+};
+
+template <typename T, int WIDTH, bool GENERAL, bool DECODE>
+__global__ void __launch_bounds__(ForwardKernel<T, WIDTH, GENERAL, DECODE>::THREADS, 1)
+    forward_kernel(const __grid_constant__ ForwardCall call) {
+  using Kernel = ForwardKernel<T, WIDTH, GENERAL, DECODE>;
+  constexpr int BLOCK_M = Kernel::BLOCK_M, BLOCK_N = Kernel::BLOCK_N, THREADS = Kernel::THREADS;
+  constexpr int MT = Kernel::MT, NT = Kernel::NT, COLUMNS = Kernel::COLUMNS;
+  constexpr bool NATURAL = Kernel::NATURAL;
+  const TilemaskMask& mask = call.mask;
+  const TilemaskScore& score = call.score;
+  const int len_q = call.sizes.len_q, len_k = call.sizes.len_k;
+
+  // where am I: the last row block first, under a causal mask it is the longest
+  const int row_blocks = cdiv(len_q, BLOCK_M), col_blocks = cdiv(len_k, BLOCK_N);
+  const int bh = blockIdx.x / row_blocks, row_block = row_blocks - 1 - blockIdx.x % row_blocks;
+  const int b = bh / call.sizes.heads, h = bh % call.sizes.heads;
+  const int kv_head = h / (call.sizes.heads / call.sizes.kv_heads);
+  const int first_row = row_block * BLOCK_M;
+  const int warp = threadIdx.x / WARP, lane = lane_id() % 4;
+  const int warp_row = DECODE ? 0 : warp * 16 * MT;  // of the tile
+  const int warp_col = DECODE ? warp * COLUMNS : 0;
+  const int own_row = warp_row + lane_id() / 4;  // this thread's first row of the tile
+
+  extern __shared__ __align__(1024) uint8_t shared[];
+  RowBlock<BLOCK_M>& mine = *reinterpret_cast<RowBlock<BLOCK_M>*>(shared);
+  const uint32_t q_tile = shared_address(shared) + Kernel::STATE_BYTES;
+  const uint32_t k_tile = q_tile + Kernel::Q_BYTES, v_tile = k_tile + Kernel::K_BYTES;
+
+  // my rows: q, their intervals, and the tiles to visit
+  load_tile<BLOCK_M, WIDTH, THREADS, GENERAL>(
+      q_tile, head_of(call.q, b, h, call.sizes.width, call.q_chunked), first_row,
+      [&](int row) { return row < len_q; });
+  cp_async_commit_group();
+  {
+    Bounds bounds = load_bounds(mask, b, len_q, len_k);
+    if (call.folded) bounds = same_rows(bounds, len_q);
+    if (threadIdx.x < BLOCK_M)
+      mine.rows[threadIdx.x] = row_interval(mask, bounds, b, h, first_row + threadIdx.x, len_q);
+    if (threadIdx.x == 0) {
+      Visit visit = columns_to_visit<BLOCK_M, BLOCK_N>(call.lists, bounds, b, h, row_block,
+                                                       row_blocks, col_blocks);
+      mine.visit = DECODE ? share_of(visit, blockIdx.y, gridDim.y) : visit;
+      mine.visits = visits_of(call.visits, bh, row_block, row_blocks, col_blocks);
+      mine.k = head_of(call.k, b, kv_head, call.sizes.width, call.k_chunked);
+      mine.v = head_of(call.v, b, kv_head, call.sizes.width_v, call.v_chunked);
+      mine.b = b, mine.h = h, mine.bh = bh, mine.first_row = first_row;
+      mine.live = {bounds.start, bounds.end};
+      mine.keys = keys_of(mask, b);
+      mine.words = words_of(mask, b, h);
+      mine.options = options_of<GENERAL>(score, b, h, bh);
+    }
+  }
+  __syncthreads();
+
+  // starts a copy of k or v: what padding excludes is never read, 0 * NaN would be NaN
+  const auto load = [&](auto masked, uint32_t tile, const Head& head, int block) {
+    const auto copy = [&](auto rolled, auto inside) {
+      load_tile<BLOCK_N, WIDTH, THREADS, GENERAL, rolled.value>(tile, head, block * BLOCK_N,
+                                                                inside);
+    };
+    const Interval live = mine.live;
+    const uint32_t* keys = mine.keys;
+    if (!masked.value)
+      copy(Flag<false>(), [](int) { return true; });
+    else if (keys)
+      copy(Flag<true>(), [&](int col) { return is_live_column(live, keys, col); });
+    else
+      copy(Flag<false>(), [&](int col) { return visible(live, true, col); });
+    cp_async_commit_group();
+  };
+  const bool any = mine.visit.partial + mine.visit.full > 0;
+  int block = any ? visited_block(mine.visit, 0) : 0;
+  if (any) load(Flag<true>(), k_tile, mine.k, block);
+
+  const uint32_t q_lanes = lanes_along_rows<WIDTH>(q_tile, warp_row);
+  const uint32_t k_lanes = lanes_across_rows<WIDTH>(k_tile, warp_col);
+  const uint32_t v_lanes = lanes_along_rows<WIDTH>(v_tile, warp_col);
+  uint32_t q_reg[MT][WIDTH / 16][4];
+  if constexpr (Kernel::Q_IN_REGISTERS) {
+    cp_async_wait_group<0>();
+    __syncthreads();
+    load_operand<MT, WIDTH>(q_reg, q_lanes);
+  }
+
+  float acc[MT][WIDTH / 8][4], m[MT][2], l[MT][2];
+  clear(acc);
+#pragma unroll
+  for (int a = 0; a < MT; ++a) {
+    m[a][0] = m[a][1] = -INFINITY;
+    l[a][0] = l[a][1] = 0;
+  }
+
+  const auto forward_step = [&](auto partial, int t) {
+    constexpr bool PARTIAL = decltype(partial)::value;
+    const int first_col = block * BLOCK_N + warp_col;
+    count_visit(mine.visits, block, PARTIAL);
+    const bool more = t + 1 < mine.visit.partial + mine.visit.full;
+    if (more) block = visited_block(mine.visit, t + 1);
+    cp_async_wait_group<0>();
+    __syncthreads();  // k is here, and nobody reads the last v any more
+    load(partial, v_tile, mine.v, first_col / BLOCK_N);
+
+    // scores = q @ k.T, biased and masked
+    float scores[MT][NT][4];
+    clear(scores);
+    if constexpr (Kernel::Q_IN_REGISTERS)
+      multiply_transposed<T, WIDTH>(scores, q_reg, k_lanes);
+    else
+      multiply_transposed<T, WIDTH>(scores, opaque(q_lanes), opaque(k_lanes));
+    cp_async_wait_group<0>();
+    __syncthreads();  // v is here, and nobody reads this k any more
+    if (more) load(partial, k_tile, mine.k, block);
+    if constexpr (GENERAL)
+      scored(scores, NoBend(), score, mine.options,
+             Place<false>{mine.first_row + own_row, first_col + 2 * lane}, call.sizes.scale, len_q,
+             len_k);
+    if constexpr (PARTIAL) {
+      uint32_t words[MT][2];
+      tile_words<COLUMNS>(words, mask, mine.words, mine.keys, mine.rows + own_row,
+                          mine.first_row + own_row, first_col, len_q, lane);
+      masked(scores, -INFINITY, words);
+    }
+
+    softmax_step<PARTIAL || NATURAL, NATURAL>(scores, m, l, acc, call.sizes.scale * LOG2_E);
+    if (GENERAL && score.seed) {
+      uint32_t words[MT][2];
+      kept<COLUMNS>(words, score, mine.options, mine.first_row + own_row, first_col, lane);
+      masked(scores, 0, words);
+    }
+
+    // acc += p @ v, rescaled in softmax_step
+    uint32_t p[MT][NT / 2][4];
+    round_operand<T>(p, scores);
+    multiply<T, WIDTH>(acc, p, opaque(v_lanes));
+  };
+
+  // two loops, partial tiles first: the one over full tiles has no mask code at all
+  int t = 0;
+#pragma unroll 1
+  for (; t < mine.visit.partial; ++t) forward_step(Flag<true>(), t);
+#pragma unroll 1
+  for (; t < mine.visit.partial + mine.visit.full; ++t) forward_step(Flag<false>(), t);
+
+  cp_async_wait_group<0>();
+  __syncthreads();  // nobody reads q, k or v any more
+#pragma unroll
+  for (int a = 0; a < MT; ++a)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) l[a][i] = sum_of_row(l[a][i]);
+  if constexpr (DECODE) {
+    merge_warps<NATURAL>(acc, m, l, reinterpret_cast<float*>(shared + Kernel::STATE_BYTES),
+                         Kernel::SHAPE.across);
+    if (warp > 0) return;
+    if (gridDim.y > 1) {  // one share of several: merge.cu puts them together
+      store_part(call, static_cast<int64_t>(blockIdx.y) * (gridDim.x / row_blocks) + mine.bh,
+                 own_row, acc, m, l, mine.rows);
+      return;
+    }
+  }
+
+  // divide by the row sums and store; a row that saw nothing gets 0 and -inf
+  float factor[MT][2];
+#pragma unroll
+  for (int a = 0; a < MT; ++a)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = own_row + 16 * a + 8 * i;
+      const RowEnd end =
+          softmax_end<NATURAL>(m[a][i], l[a][i], is_alive(mine.rows[row]), score, mine.h);
+      factor[a][i] = GENERAL && score.seed ? end.factor * score.keep_factor : end.factor;
+      if (lane == 0 && mine.first_row + row < len_q)
+        store_end(call, static_cast<int64_t>(mine.bh) * len_q + mine.first_row + row, end);
+    }
+  finish_rows(acc, factor);
+  store_accumulator<T, WIDTH>(q_tile, warp_row, acc);
+  __syncwarp();
+  store_rows<16 * MT, WIDTH, GENERAL>(
+      q_tile, warp_row, head_of(call.out, mine.b, mine.h, call.sizes.width_v, call.out_chunked),
+      mine.first_row + warp_row, [&](int row) { return row < len_q; });
+}
+
+template <typename T, int WIDTH, bool GENERAL, bool DECODE>
+int launch_forward(const ForwardCall& call, int splits) {
+  using Kernel = ForwardKernel<T, WIDTH, GENERAL, DECODE>;
+  const TilemaskSizes& sizes = call.sizes;
+  TILEMASK_TRY(check_lists(call.mask, call.lists, Kernel::BLOCK_M, Kernel::BLOCK_N));
+  dim3 grid(cdiv(sizes.len_q, Kernel::BLOCK_M) * sizes.batch * sizes.heads, splits);
+  return launch(forward_kernel<T, WIDTH, GENERAL, DECODE>, grid, Kernel::THREADS, Kernel::SHARED,
+                call);
+}
+
+}  // namespace
+
+extern "C" int tilemask_forward(const TilemaskForward* given) {
+  TILEMASK_TRY(check_call(*given, given->sizes));
+  ForwardCall call{*given};
+  const TilemaskSizes& sizes = call.sizes;
+  if (sizes.batch == 0 || sizes.heads == 0 || sizes.len_q == 0) return TILEMASK_OK;
+  call.q_chunked = is_chunked(call.q, sizes.width);
+  call.k_chunked = is_chunked(call.k, sizes.width);
+  call.v_chunked = is_chunked(call.v, sizes.width_v);
+  call.out_chunked = is_chunked(call.out, sizes.width_v);
+  const bool chunked = call.q_chunked && call.k_chunked && call.v_chunked && call.out_chunked;
+  const bool general = has_options(call.score) || !chunked || sizes.scale <= 0;
+
+  DeviceScope scope(call.head.device);
+  TILEMASK_TRY(scope.code());
+  int splits = 1;
+  TILEMASK_TRY(share_workspace(call, splits));
+  const bool decode = is_decoding(sizes);
+  TILEMASK_TRY(
+      dispatch(call.head.dtype, max_width(sizes), general, [&](auto type, auto width, auto any) {
+        using T = decltype(type);
+        return decode ? launch_forward<T, width.value, any.value, true>(call, splits)
+                      : launch_forward<T, width.value, any.value, false>(call, 1);
+      }));
+  return splits > 1 ? merge_parts(call, splits, general) : TILEMASK_OK;
+}

@@ -1,0 +1,237 @@
+// Products of tiles by tensor cores: fragments in registers, read from shared memory by ldmatrix.
+//
+// An accumulator of 16 * MT rows and 8 * NT columns is float[MT][NT][4]: element e of block (m, n)
+// is row 16m + 8 * (e / 2) + lane / 4, column 8n + 2 * (lane % 4) + e % 2.
+#pragma once
+
+#include <stdint.h>
+
+#include "../ptx/mma.cuh"
+#include "shared.cuh"
+
+__device__ __forceinline__ int lane_id() { return threadIdx.x % 32; }
+
+// The address that this lane gives ldmatrix for the block of 16 rows and 16 columns at (row, 0) of
+// a tile: as operand a, or as operand b with its 16 rows along k (then with .trans).
+template <int WIDTH>
+__device__ __forceinline__ uint32_t lanes_along_rows(uint32_t tile, int row) {
+  return chunk_address<WIDTH>(tile, row + lane_id() % 16, lane_id() / 16);
+}
+
+// The same for operand b with its 16 rows along n.
+template <int WIDTH>
+__device__ __forceinline__ uint32_t lanes_across_rows(uint32_t tile, int row) {
+  return chunk_address<WIDTH>(tile, row + lane_id() % 8 + lane_id() / 16 * 8, lane_id() / 8 % 2);
+}
+
+// The block 16 * down rows below and 16 * right columns beside it.
+template <int WIDTH>
+__device__ __forceinline__ uint32_t block_address(uint32_t lanes, int down, int right) {
+  return (lanes ^ right << 5) + down * TILE_BYTES<16, WIDTH>;
+}
+
+template <int MT, int NT>
+__device__ __forceinline__ void clear(float (&acc)[MT][NT][4]) {
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) acc[m][n][e] = 0;
+}
+
+// Every row starts at a value of its own; so a term that a product needs per row costs nothing.
+template <int MT, int NT>
+__device__ __forceinline__ void fill_rows(float (&acc)[MT][NT][4], const float (&value)[MT][2]) {
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) acc[m][n][e] = value[m][e / 2];
+}
+
+// The same per column. shared: of a pair of columns (low, high, low, high), for columns
+// 2 * (lane % 4) and the next.
+template <int MT, int NT>
+__device__ __forceinline__ void fill_columns(float (&acc)[MT][NT][4], const float4* shared) {
+#pragma unroll
+  for (int n = 0; n < NT; ++n) {
+    const float4 value = shared[4 * n];
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+      acc[m][n][0] = value.x, acc[m][n][1] = value.y;
+      acc[m][n][2] = value.z, acc[m][n][3] = value.w;
+    }
+  }
+}
+
+template <int MT, int NT>
+__device__ __forceinline__ void add_to_rows(float (&acc)[MT][NT][4], float factor,
+                                            const float (&value)[MT][2]) {
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) acc[m][n][e] = fmaf(acc[m][n][e], factor, value[m][e / 2]);
+}
+
+template <int MT, int NT>
+__device__ __forceinline__ void add_to_columns(float (&acc)[MT][NT][4], float factor,
+                                               const float4* shared) {
+#pragma unroll
+  for (int n = 0; n < NT; ++n) {
+    const float4 value = shared[4 * n];
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+      acc[m][n][0] = fmaf(acc[m][n][0], factor, value.x);
+      acc[m][n][1] = fmaf(acc[m][n][1], factor, value.y);
+      acc[m][n][2] = fmaf(acc[m][n][2], factor, value.z);
+      acc[m][n][3] = fmaf(acc[m][n][3], factor, value.w);
+    }
+  }
+}
+
+// Rows of a tile as operand a: 16 * MT rows, all of WIDTH.
+template <int MT, int WIDTH>
+__device__ __forceinline__ void load_operand(uint32_t (&a)[MT][WIDTH / 16][4], uint32_t a_lanes) {
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int k = 0; k < WIDTH / 16; ++k) ldmatrix_x4(a[m][k], block_address<WIDTH>(a_lanes, m, k));
+}
+
+// acc += a b^T: a [16 MT, WIDTH] in registers, b [8 NT, WIDTH] in shared memory (across rows).
+template <typename T, int WIDTH, int MT, int NT>
+__device__ __forceinline__ void multiply_transposed(float (&acc)[MT][NT][4],
+                                                    const uint32_t (&a)[MT][WIDTH / 16][4],
+                                                    uint32_t b_lanes) {
+#pragma unroll
+  for (int k = 0; k < WIDTH / 16; ++k)
+#pragma unroll
+    for (int n = 0; n < NT; n += 2) {
+      uint32_t b[4];
+      ldmatrix_x4(b, block_address<WIDTH>(b_lanes, n / 2, k));
+#pragma unroll
+      for (int m = 0; m < MT; ++m) {
+        T::mma(acc[m][n], a[m][k], b[0], b[1]);
+        T::mma(acc[m][n + 1], a[m][k], b[2], b[3]);
+      }
+    }
+}
+
+// The same with a in shared memory too (along rows).
+template <typename T, int WIDTH, int MT, int NT>
+__device__ __forceinline__ void multiply_transposed(float (&acc)[MT][NT][4], uint32_t a_lanes,
+                                                    uint32_t b_lanes) {
+#pragma unroll
+  for (int k = 0; k < WIDTH / 16; ++k) {
+    uint32_t a[MT][4];
+#pragma unroll
+    for (int m = 0; m < MT; ++m) ldmatrix_x4(a[m], block_address<WIDTH>(a_lanes, m, k));
+#pragma unroll
+    for (int n = 0; n < NT; n += 2) {
+      uint32_t b[4];
+      ldmatrix_x4(b, block_address<WIDTH>(b_lanes, n / 2, k));
+#pragma unroll
+      for (int m = 0; m < MT; ++m) {
+        T::mma(acc[m][n], a[m], b[0], b[1]);
+        T::mma(acc[m][n + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// An accumulator, rounded, as operand a of the next product.
+template <typename T, int MT, int NT>
+__device__ __forceinline__ void round_operand(uint32_t (&a)[MT][NT / 2][4],
+                                              const float (&acc)[MT][NT][4]) {
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      a[m][n / 2][n % 2 * 2] = T::pack(acc[m][n][0], acc[m][n][1]);
+      a[m][n / 2][n % 2 * 2 + 1] = T::pack(acc[m][n][2], acc[m][n][3]);
+    }
+}
+
+// acc += a b: a [16 MT, 16 KT] in registers, b [16 KT, 8 NT] in shared memory (along rows).
+template <typename T, int WIDTH, int MT, int NT, int KT>
+__device__ __forceinline__ void multiply(float (&acc)[MT][NT][4], const uint32_t (&a)[MT][KT][4],
+                                         uint32_t b_lanes) {
+#pragma unroll
+  for (int k = 0; k < KT; ++k)
+#pragma unroll
+    for (int n = 0; n < NT; n += 2) {
+      uint32_t b[4];
+      ldmatrix_x4_trans(b, block_address<WIDTH>(b_lanes, k, n / 2));
+#pragma unroll
+      for (int m = 0; m < MT; ++m) {
+        T::mma(acc[m][n], a[m][k], b[0], b[1]);
+        T::mma(acc[m][n + 1], a[m][k], b[2], b[3]);
+      }
+    }
+}
+
+// An operand a of this warp into shared memory, 512 bytes for 16 x 16 elements, and out of it into
+// another warp.
+template <int MT, int KT>
+__device__ __forceinline__ void hand_over(uint32_t shared, const uint32_t (&a)[MT][KT][4]) {
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int k = 0; k < KT; ++k)
+      st_shared_v4(shared + ((m * KT + k) * 32 + lane_id()) * 16,
+                   make_uint4(a[m][k][0], a[m][k][1], a[m][k][2], a[m][k][3]));
+}
+
+template <int MT, int KT>
+__device__ __forceinline__ void take_over(uint32_t (&a)[MT][KT][4], uint32_t shared) {
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int k = 0; k < KT; ++k) {
+      const uint4 value = ld_shared_v4(shared + ((m * KT + k) * 32 + lane_id()) * 16);
+      a[m][k][0] = value.x, a[m][k][1] = value.y, a[m][k][2] = value.z, a[m][k][3] = value.w;
+    }
+}
+
+// Sums of a * b, element by element, along the rows of two tiles (both along rows): this thread's
+// share of rows 16m + 8i + lane / 4.
+template <typename T, int WIDTH, int MT>
+__device__ __forceinline__ void sum_products(float (&sum)[MT][2], uint32_t a_lanes,
+                                             uint32_t b_lanes) {
+#pragma unroll
+  for (int m = 0; m < MT; ++m) {
+    sum[m][0] = sum[m][1] = 0;
+#pragma unroll
+    for (int k = 0; k < WIDTH / 16; ++k) {
+      uint32_t a[4], b[4];
+      ldmatrix_x4(a, block_address<WIDTH>(a_lanes, m, k));
+      ldmatrix_x4(b, block_address<WIDTH>(b_lanes, m, k));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        float& own = sum[m][j % 2];
+        own = fmaf(T::widen(a[j]), T::widen(b[j]), own);
+        own = fmaf(T::widen(a[j] >> 16), T::widen(b[j] >> 16), own);
+      }
+    }
+  }
+}
+
+// An accumulator, rounded, into rows of a tile from one of its chunks on: operand a's place.
+template <typename T, int WIDTH, int MT, int NT>
+__device__ __forceinline__ void store_accumulator(uint32_t tile, int tile_row,
+                                                  const float (&acc)[MT][NT][4],
+                                                  int first_chunk = 0) {
+  int row = tile_row + lane_id() / 4, byte = lane_id() % 4 * 4;
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      uint32_t upper = chunk_address<WIDTH>(tile, row + 16 * m, first_chunk + n) + byte;
+      st_shared(upper, T::pack(acc[m][n][0], acc[m][n][1]));
+      st_shared(upper + TILE_BYTES<8, WIDTH>, T::pack(acc[m][n][2], acc[m][n][3]));
+    }
+}

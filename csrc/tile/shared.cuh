@@ -1,0 +1,99 @@
+// Tiles of 16-bit elements in shared memory: where they lie, and how they get there.
+//
+// A row of WIDTH elements is WIDTH / 8 chunks of 16 bytes; chunk c of row r lies at place
+// c ^ (r % 8). So the eight rows that one phase of ldmatrix reads, and the eight neighbouring
+// chunks that one phase of a copy writes, lie in different banks.
+#pragma once
+
+#include <stdint.h>
+
+#include "../ptx/bits.cuh"
+#include "../ptx/copy.cuh"
+#include "../tilemask.h"
+
+template <int ROWS, int WIDTH>
+constexpr int TILE_BYTES = ROWS * WIDTH * 2;
+
+template <int WIDTH>
+__device__ __forceinline__ uint32_t chunk_address(uint32_t tile, int row, int chunk) {
+  return tile + row * (WIDTH * 2) + ((chunk ^ (row % 8)) << 4);
+}
+
+// [length, width] of one batch and one head in global memory.
+struct Head {
+  uint16_t* data;
+  int64_t row;  // stride
+  int width;
+  bool chunked;  // rows start at multiples of 16 bytes and are whole chunks
+};
+
+__device__ __forceinline__ Head head_of(const TilemaskTensor& tensor, int b, int h, int width,
+                                        bool chunked) {
+  uint16_t* data = static_cast<uint16_t*>(tensor.data);
+  return {data + b * tensor.batch + h * tensor.head, tensor.row, width, chunked};
+}
+
+// Whether every row of a tensor starts at a multiple of 16 bytes and is whole chunks.
+inline bool is_chunked(const TilemaskTensor& tensor, int width) {
+  int64_t steps = tensor.batch | tensor.head | tensor.row | width;
+  return steps % 8 == 0 && reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0;
+}
+
+// Starts the copy of ROWS rows from first_row into a tile, zeros for rows that inside(row) leaves
+// out and for columns past the width. ANY: rows may be of any width and alignment; without it they
+// are known to be chunked. ROLLED: where inside() is long.
+template <int ROWS, int WIDTH, int THREADS, bool ANY, bool ROLLED = false, typename Inside>
+__device__ __forceinline__ void load_tile(uint32_t tile, const Head& head, int first_row,
+                                          Inside inside) {
+  constexpr int CHUNKS = WIDTH / 8, STEP = THREADS / CHUNKS;
+  static_assert(THREADS % CHUNKS == 0 && ROWS % STEP == 0, "every thread copies equally many");
+  int row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+  const uint16_t* source = head.data + (first_row + row) * head.row + chunk * 8;
+  if (!ANY || head.chunked) {
+    bool there = chunk * 8 < head.width;
+    const int64_t step = STEP * head.row;
+#pragma unroll ROLLED ? 1 : ROWS / STEP
+    for (int i = 0; i < ROWS; i += STEP) {
+      cp_async_16(chunk_address<WIDTH>(tile, row + i, chunk), source,
+                  there && inside(first_row + row + i));
+      source += step;
+    }
+  } else if constexpr (ANY) {
+#pragma unroll 1
+    for (int i = 0; i < ROWS; i += STEP) {
+      uint32_t pairs[4];
+      bool there = inside(first_row + row + i);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        bool exists = there && chunk * 8 + j < head.width;
+        uint32_t element = exists ? source[i * head.row + j] : 0;
+        pairs[j / 2] = j % 2 ? pairs[j / 2] | element << 16 : element;
+      }
+      st_shared_v4(chunk_address<WIDTH>(tile, row + i, chunk),
+                   make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
+    }
+  }
+}
+
+// A warp stores 16 * MT rows of a tile that it wrote itself; inside(row) as above.
+template <int ROWS, int WIDTH, bool ANY, typename Inside>
+__device__ __forceinline__ void store_rows(uint32_t tile, int tile_row, const Head& head,
+                                           int first_row, Inside inside) {
+  constexpr int CHUNKS = WIDTH / 8, STEP = CHUNKS > 32 ? 1 : 32 / CHUNKS;
+  int lane = opaque(threadIdx.x) % 32, row = lane / CHUNKS, chunk = lane % CHUNKS;
+#pragma unroll
+  for (int i = 0; i < ROWS; i += STEP) {
+    int local = row + i;
+    if (!inside(first_row + local)) continue;
+    uint4 value = ld_shared_v4(chunk_address<WIDTH>(tile, tile_row + local, chunk));
+    uint16_t* target = head.data + (first_row + local) * head.row + chunk * 8;
+    if (!ANY || head.chunked) {
+      if (chunk * 8 < head.width) *reinterpret_cast<uint4*>(target) = value;
+    } else if constexpr (ANY) {
+      const uint32_t pairs[4] = {value.x, value.y, value.z, value.w};
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+        if (chunk * 8 + j < head.width) target[j] = pairs[j / 2] >> (j % 2 * 16);
+    }
+  }
+}

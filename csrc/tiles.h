@@ -1,0 +1,40 @@
+// Tile shapes of the kernels: one place, read by the kernels and by tilemask_tile().
+#pragma once
+
+#include "tilemask.h"
+
+struct TileShape {
+  int block_m, block_n;  // query rows and key columns
+  int warps;
+  int row_tiles;  // a warp's blocks of 16 rows; of 16 columns for dK and dV
+  int across;     // warps that share those and divide the other side
+};
+
+constexpr int WARP = 32;
+constexpr unsigned ALL_LANES = 0xFFFFFFFFu;
+
+// Chosen by counting registers and shared memory; no GPU has measured them yet.
+constexpr TileShape forward_tile(int width) {
+  if (width <= 64) return {128, 64, 4, 2, 1};
+  if (width <= 128) return {128, 32, 4, 2, 1};
+  return {64, 32, 4, 1, 1};
+}
+
+constexpr TileShape decode_tile(int width) {
+  if (width <= 128) return {16, 128, 4, 1, 4};
+  return {16, 64, 4, 1, 4};
+}
+
+constexpr TileShape dq_tile(int width) {
+  if (width <= 64) return {128, 32, 4, 2, 1};
+  if (width <= 128) return {64, 64, 4, 1, 1};
+  return {64, 16, 4, 1, 1};
+}
+
+constexpr TileShape dkv_tile(int width) {
+  if (width <= 64) return {32, 128, 4, 2, 1};
+  if (width <= 128) return {32, 64, 4, 1, 1};
+  return {32, 32, 4, 1, 2};
+}
+
+constexpr int DECODE_ROWS = 16;  // up to so many query rows run in decode tiles

@@ -1,0 +1,243 @@
+"""The machine code of the CUDA library: what nvcc makes of csrc/, read without a GPU.
+
+    python tests/library_code.py            prints the report of sm_80
+    python tests/library_code.py --write    writes it to bench/results/static/sm_80.json
+
+For each kernel that multiplies matrices the report has its registers and, of its loop over tiles,
+instructions per score and the cycles for which one tile keeps each part of a multiprocessor busy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import datetime
+import functools
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+import aot  # noqa: E402
+import nvcc  # noqa: E402
+from nvcc import toolchain  # noqa: E402
+from ptx_emulator import build  # noqa: E402
+
+STATIC = ROOT / "bench" / "results" / "static"
+LOOPS = ("sm80_forward", "sm80_dq", "sm80_dkv")  # sources of kernels that loop over tiles
+WARP = 32
+
+# Cycles for which a warp's instruction occupies a part of sm_80 that one scheduler uses, or its
+# quarter of what all four share. Tensor: 1024 half-precision multiply-adds a cycle and
+# multiprocessor (NVIDIA A100 architecture whitepaper); the others: "Throughput of native arithmetic
+# instructions" in the CUDA C++ programming guide, and 128 bytes of shared memory a cycle.
+PIPES = {
+    "tensor": {"HMMA": 8},
+    "exp2": {"MUFU": 8},
+    "float": {"FADD": 2, "FMUL": 2, "FFMA": 2, "IMAD": 2},
+    "integer": {
+        **dict.fromkeys(("LOP3", "IADD3", "ISETP", "IMNMX", "SHF", "LEA", "SEL", "PRMT"), 2),
+        **dict.fromkeys(("PLOP3", "R2P", "P2R", "FSEL", "FSETP", "FMNMX", "F2FP"), 2),
+    },
+    "shared memory": {"LDSM": 16, "LDS": 4, "STS": 4, "SHFL": 4},
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of a cubin."""
+
+    name: str  # forward_kernel<BFloat16, 64, false, false>
+    registers: int
+    stack: int  # bytes
+    instructions: list[str]  # mnemonics
+    loops: list[list[str]]  # those over tiles: the innermost ones with products, shortest first
+
+    @property
+    def spills(self) -> int:
+        return sum(name in ("LDL", "STL") for name in self.instructions)
+
+
+@functools.cache
+def kernels(source: str, arch: str) -> list[Kernel]:
+    """The kernels of csrc/``source``.cu, compiled for ``arch`` ("80", "90a", ...)."""
+    compiler = nvcc.find_nvcc()
+    headers = [path.read_bytes() for path in sorted(toolchain.CSRC.rglob("*.*h"))]
+    text = (toolchain.CSRC / f"{source}.cu").read_bytes()
+    flags = [*toolchain.FLAGS, "-cubin", f"-arch=sm_{arch}"]
+
+    def compile_cubin(folder: Path) -> None:
+        build.call([compiler, *flags, toolchain.CSRC / f"{source}.cu", "-o", folder / "code.cubin"])
+
+    key = build.digest(build.version(compiler), *flags, *headers, text)
+    cubin = build.cached(f"{source}-sm_{arch}-{key}", compile_cubin) / "code.cubin"
+    usage = aot.run_tool("cuobjdump", "-res-usage", str(cubin))
+    resources = dict(re.findall(r"Function (\S+):\s+(REG:\d+ STACK:\d+)", usage))
+    found = []
+    sections = re.split(r"\.section\s+\.text\.", aot.run_tool("nvdisasm", "-c", str(cubin)))
+    for section in sections[1:]:
+        symbol = section.split(",")[0]
+        registers, stack = map(int, re.findall(r"\d+", resources[symbol]))
+        instructions, spans = parsed(section)
+        with_products = [s for s in spans if "HMMA" in instructions[s[0] : s[1]]]
+        inner = [a for a in with_products if not any(contains(a, b) for b in with_products)]
+        bodies = sorted((instructions[first:last] for first, last in inner), key=len)
+        found.append(Kernel(readable(symbol), registers, stack, instructions, bodies))
+    return found
+
+
+def contains(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    return a != b and a[0] <= b[0] and b[1] <= a[1]
+
+
+def parsed(section: str) -> tuple[list[str], list[tuple[int, int]]]:
+    """The mnemonics of a function, and its loops: first instruction, and past the last."""
+    labels, instructions, branches = {}, [], []
+    for line in section.splitlines():
+        label = re.match(r"\s*(\.L_x_\d+):", line)
+        if label:
+            labels[label[1]] = len(instructions)
+        found = re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)([^;]*)", line)
+        if found and found[1] != "NOP":
+            instructions.append(found[1])
+            target = re.search(r"`\((\.L_x_\d+)\)", found[2])
+            if found[1] == "BRA" and target:
+                branches.append((len(instructions), target[1]))
+    return instructions, [(labels[t], i) for i, t in branches if labels.get(t, i) < i]
+
+
+def readable(symbol: str) -> str:
+    """kernel<BFloat16, 64, false> from a mangled name."""
+    name, arguments = re.search(r"\d([a-z_]+_kernel)(?:I(.*?)EE)?", symbol).groups()
+    if not arguments:
+        return name
+    values = re.findall(r"\d(B?Float16)|Li(\d+)|Lb([01])", arguments + "E")
+    words = [t or n or ("false", "true")[int(b)] for t, n, b in values]
+    return f"{name}<{', '.join(words)}>"
+
+
+def scores_per_thread(kernel: Kernel) -> int:
+    """How many scores of a tile one thread has: products are counted by what they share."""
+    shapes = tile_shapes()
+    name, width = kernel.name.split("_")[0], int(re.search(r", (\d+)", kernel.name)[1])
+    if name == "forward" and kernel.name.endswith("true>"):
+        name = "decode"
+    shape = shapes[name, width]
+    return shape["block_m"] * shape["block_n"] // (WARP * shape["warps"])
+
+
+@functools.cache
+def tile_shapes() -> dict[tuple[str, int], dict[str, int]]:
+    """What csrc/tiles.h says, by kernel and width."""
+    names = ("forward", "decode", "dq", "dkv")
+    lines = "".join(
+        f'show("{name}", {width}, {name}_tile({width}));'
+        for name in names
+        for width in (64, 128, 256)
+    )
+    program = (
+        '#include <cstdio>\n#include "tiles.h"\n'
+        "void show(const char* name, int width, TileShape s) "
+        '{ std::printf("%s %d %d %d %d\\n", name, width, s.block_m, s.block_n, s.warps); }\n'
+        f"int main() {{ {lines} }}\n"
+    )
+
+    def compile_program(folder: Path) -> None:
+        (folder / "shapes.cpp").write_text(program)
+        include, source = f"-I{toolchain.CSRC}", folder / "shapes.cpp"
+        build.call([build.cxx(), "-std=c++17", include, source, "-o", folder / "shapes"])
+
+    header = (toolchain.CSRC / "tiles.h").read_bytes()
+    made = build.cached(f"shapes-{build.digest(program, header)}", compile_program) / "shapes"
+    shapes = {}
+    for line in subprocess.run(
+        [made], check=True, capture_output=True, text=True
+    ).stdout.splitlines():
+        name, width, block_m, block_n, warps = line.split()
+        values = {"block_m": int(block_m), "block_n": int(block_n), "warps": int(warps)}
+        shapes[name, int(width)] = values
+    return shapes
+
+
+def loop_report(body: list[str], scores: int) -> dict:
+    """What a loop over tiles executes at most, its rarely taken branches included."""
+    counts = collections.Counter(body)
+    cycles = {
+        pipe: sum(counts[name] * cost for name, cost in costs.items())
+        for pipe, costs in PIPES.items()
+    }
+    cycles["issue"] = len(body)
+    return {
+        "instructions": len(body),
+        "per_score": round(len(body) / scores, 2),
+        "cycles": cycles,
+        "bound_by": max(cycles, key=cycles.get),
+        "counts": dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
+    }
+
+
+def report(arch: str) -> dict:
+    """Of the bfloat16 kernels; those of float16 are the same but for the type of the products."""
+    found = {}
+    for source in LOOPS:
+        for kernel in kernels(source, arch):
+            if "<BFloat16" not in kernel.name:
+                continue
+            scores = scores_per_thread(kernel)
+            loops = dict(zip(("full", "partial"), kernel.loops, strict=True))
+            found[kernel.name] = {
+                "registers": kernel.registers,
+                "scores_per_thread": scores,
+                "loops": {name: loop_report(body, scores) for name, body in loops.items()},
+            }
+    return dict(sorted(found.items()))
+
+
+def provenance(arch: str) -> dict:
+    digest = hashlib.sha256()
+    for path in sorted(toolchain.CSRC.rglob("*.*")):
+        if path.suffix in (".cu", ".cuh", ".h"):
+            digest.update(path.read_bytes())
+    return {
+        "command": "python tests/library_code.py --write",
+        "made": datetime.date.today().isoformat(),
+        "nvcc": nvcc_release(),
+        "architecture": f"sm_{arch}",
+        "sources_sha256": digest.hexdigest(),
+    }
+
+
+def nvcc_release() -> str:
+    text = build.version(nvcc.find_nvcc())
+    return re.search(r"release \d+\.\d+, V([\d.]+)", text)[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", default="80")
+    parser.add_argument("--write", action="store_true", help="to bench/results/static/")
+    options = parser.parse_args()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda source: kernels(source, options.arch), LOOPS))
+    kept = {**provenance(options.arch), "kernels": report(options.arch)}
+    for name, kernel in kept["kernels"].items():
+        for kind, loop in kernel["loops"].items():
+            busiest = ", ".join(f"{pipe} {n}" for pipe, n in loop["cycles"].items())
+            print(
+                f"{name:44} {kernel['registers']:3} registers, {kind:7}"
+                f" {loop['per_score']:6.2f} instructions per score; cycles: {busiest}"
+            )
+    if options.write:
+        STATIC.mkdir(exist_ok=True)
+        text = json.dumps(kept, indent=1)
+        (STATIC / f"sm_{options.arch}.json").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
