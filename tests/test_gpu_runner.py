@@ -73,3 +73,8 @@ def test_summary_counts_every_test_once(runner, tmp_path, monkeypatch, failing):
 def test_a_process_that_dies_is_a_failure(runner, tmp_path):
     counts, failures = runner.counts_of(tmp_path / "shard3.xml")
     assert counts == {"unfinished shards": 1} and failures == ["shard3"]
+
+
+def test_what_it_runs_is_there_golden_vectors_included(runner):
+    assert all((ROOT / "tests" / name).exists() for name in runner.TESTS)
+    assert "test_golden.py" in runner.TESTS

@@ -28,6 +28,7 @@ LIMIT = 440  # seconds; the whole command stays under 8 minutes
 TESTS = [
     "test_triton.py",
     "test_gpu.py",
+    "test_golden.py",
     "test_packing.py",
     "test_cache.py",
     "test_integrations_flash_attn.py",
