@@ -78,7 +78,9 @@ TABLE: dict[tuple[str, str], dict[int, tuple[TileConfig, TileConfig, TileConfig]
     ("dq", "tf32"): {
         80: (TileConfig(64, 32, 8, 2), TileConfig(64, 32, 8, 2), TileConfig(32, 32, 8, 2)),
         86: (TileConfig(64, 32, 8, 2), TileConfig(64, 32, 8, 1), TileConfig(16, 32, 8, 1)),
-        90: (TileConfig(64, 64, 8, 2), TileConfig(64, 16, 8, 2), TileConfig(32, 32, 8, 2)),
+        # one stage: with more, Triton 3.7 leaves out a fence.proxy.async between the copy of v and
+        # the wgmma that reads it (tests/test_emulator_triton.py)
+        90: (TileConfig(64, 64, 8, 1), TileConfig(64, 16, 8, 1), TileConfig(32, 32, 8, 1)),
         100: (TileConfig(64, 64, 8, 2), TileConfig(64, 32, 8, 2), TileConfig(32, 32, 8, 2)),
     },
     ("dkv", "tf32"): {

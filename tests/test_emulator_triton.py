@@ -107,20 +107,15 @@ def test_wgmma(name, dtype):
     assert {"forward_kernel", "dq_kernel", "dkv_kernel"} <= kernels
 
 
-UNFENCED = pytest.mark.xfail(
-    reason="Triton 3.7 leaves out fence.proxy.async between cp.async of v and a tf32 wgmma of dq",
-    raises=EmulatorError,
-)
-
-
-@pytest.mark.parametrize("arch", [80, pytest.param(90, marks=UNFENCED)])
-def test_tf32(arch):
-    """float32 on tensor cores, which torch's precision setting asks for."""
-    case = cases.named("causal_97")
+@pytest.mark.parametrize("name", ["causal_97", "width_128", "width_192_128"])
+@pytest.mark.parametrize("arch", ARCHES)
+def test_tf32(name, arch):
+    """float32 on tensor cores, which torch's precision setting asks for, in the shipped tiles."""
+    case = cases.named(name)
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
-        results, launches = run(case, "float32", arch, WGMMA)
+        results, launches = run(case, "float32", arch, None)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
     assert sum(counts["mma"] + counts["wgmma"] for _, counts in launches) > 0

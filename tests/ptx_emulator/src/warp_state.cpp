@@ -63,7 +63,7 @@ std::string Block::dump() const {
                         : wait.kind == Wait::Kind::Mbarrier  ? "mbarrier"
                         : wait.kind == Wait::Kind::Warpgroup ? "the rest of warpgroup"
                         : w->parked >> first & 1             ? "the other lanes"
-                                                             : "nothing";
+                                                             : "nothing: they can run";
       text += format("\n  warp %d, %d lanes (from %d) wait for %s", w->index, std::popcount(same),
                      first, why);
       if (wait.kind == Wait::Kind::Mbarrier)
