@@ -16,6 +16,7 @@ extern "C" int tilemask_backward(const TilemaskBackward* given) {
   call.dk_chunked = is_chunked(call.dk, sizes.width);
   call.dv_chunked = is_chunked(call.dv, sizes.width_v);
   call.scale_log2 = sizes.scale * LOG2_E;
+  call.unscale_log2 = 1 / call.scale_log2;
   const bool chunked = call.q_chunked && call.k_chunked && call.v_chunked && call.out_chunked &&
                        call.dout_chunked && call.dq_chunked && call.dk_chunked && call.dv_chunked;
   const bool general = has_options(call.score) || !chunked || !(sizes.scale > LEAST_SCALE);

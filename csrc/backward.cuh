@@ -19,7 +19,8 @@
 struct BackwardCall : TilemaskBackward {
   bool q_chunked, k_chunked, v_chunked, out_chunked, dout_chunked;
   bool dq_chunked, dk_chunked, dv_chunked;
-  float scale_log2;
+  float scale_log2;  // of products, to scores in log2 units
+  float unscale_log2;
 };
 
 constexpr int MOST_SHARED = 99 * 1024;  // of a block, on sm_86, sm_89 and sm_120

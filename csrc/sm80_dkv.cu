@@ -17,12 +17,13 @@
 // computes half the rows of p and ds and hands its half to the other, and each holds half the
 // columns of dk and dv.
 //
-// Aim, instructions per score in the full loop: four products, and 5 for p and ds (a fused
-// multiply-add, exp2, a multiplication, two halves of conversions, and the subtraction of rest):
-//   width 64 (128 x 32 tiles):  4 mma, 1.5 ldmatrix, 5, 0.4 lse and delta, 0.4 copies = 11.3; at
-//     most 14.5 with the loop
-//   width 128 (64 x 32):  8 mma, 5 ldmatrix, 5, 0.8 lse and delta, 1 copies = 19.8; at most 25
-// Partial tiles: at most 10 more, of which the words of columns and the select are 3.
+// Aim, instructions per score in the full loop: four products, and 4 for p and ds (a fused
+// multiply-add, exp2, a multiplication, two halves of conversions):
+//   width 64 (128 keys x 32 rows):  4 mma, 1.5 ldmatrix, 4, 0.4 lse and delta, 0.4 copies = 10.3;
+//     at most 17 with the loop
+//   width 128 (64 x 32):  8 mma, 5 ldmatrix, 4, 0.8 lse and delta, 1 copies = 18.8; at most 34: a
+//     thread has 16 scores a step, over which it spreads 240 instructions that are not per score
+// Partial tiles: at most 22 more, of which the words of columns and the select are half.
 #include "backward.cuh"
 #include "mask.cuh"
 #include "ptx/barrier.cuh"
@@ -161,7 +162,7 @@ __global__ void __launch_bounds__(DkvKernel<T, WIDTH, GENERAL>::THREADS, 1)
       const float delta = is_row_alive ? -ahead.delta : 0;
       rows.block = block;
       rows.alive = alive;
-      const float rest = NATURAL ? -ahead.lse.rest : __fdividef(-ahead.lse.rest, call.scale_log2);
+      const float rest = NATURAL ? -ahead.lse.rest : -ahead.lse.rest * call.unscale_log2;
       reinterpret_cast<float*>(rows.minus_delta + pair)[side] = delta;
       reinterpret_cast<float*>(rows.minus_delta + pair)[side + 2] = delta;
       reinterpret_cast<float*>(rows.minus_rest + pair)[side] = rest;

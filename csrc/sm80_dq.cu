@@ -9,12 +9,12 @@
 // Two loops, as in the forward. k is in shared memory twice, so the next one arrives during a whole
 // step; v, which a step needs first, arrives during all but its first product. Two barriers a step.
 //
-// Aim, instructions per score in the full loop: three products, and 4.5 for ds (a fused
-// multiply-add, exp2, a multiplication, half a conversion, and the copies' share of addresses):
-//   width 64 (128 x 32 tiles):  3 mma, 1.25 ldmatrix, 4.5, 0.5 copies = 9.3; at most 12 with the
+// Aim, instructions per score in the full loop: three products, and 3.5 for ds (a fused
+// multiply-add, exp2, a multiplication, half a conversion):
+//   width 64 (128 x 32 tiles):  3 mma, 1.25 ldmatrix, 3.5, 0.5 copies = 8.3; at most 13 with the
 //     loop
-//   width 128 (64 x 64):  6 mma, 3.5 ldmatrix, 4.5, 1 copies = 15; at most 18
-// Partial tiles: at most 10 more, of which the words of rows and the select are 3.
+//   width 128 (64 x 64):  6 mma, 3.5 ldmatrix, 3.5, 1 copies = 14; at most 20
+// Partial tiles: at most 14 more, of which the words of rows and the select are 5.
 #include "backward.cuh"
 #include "mask.cuh"
 #include "scores.cuh"
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(DqKernel<T, WIDTH, GENERAL>::THREADS, 1)
 #pragma unroll
   for (int m = 0; m < MT; ++m)
 #pragma unroll
-    for (int i = 0; i < 2; ++i) minus_rest[m][i] = __fdividef(-lse[m][i].rest, call.scale_log2);
+    for (int i = 0; i < 2; ++i) minus_rest[m][i] = -lse[m][i].rest * call.unscale_log2;
 
   const uint32_t k_across = lanes_across_rows<WIDTH>(k_tile, 0);
   const uint32_t k_along = lanes_along_rows<WIDTH>(k_tile, 0);

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .masks import (
+    ListArgs,
     MaskArgs,
     columns_to_visit,
     count_visit,
@@ -30,7 +31,6 @@ from .masks import (
     visited_block,
     words_of,
 )
-from .pack import list_args
 from .scores import LOG2_E, ScoreArgs, bias_of, is_natural, kept, scored
 from .softmax import load_lse, weights
 from .tiles import head_of, load_tile, store_tile, tensor_arg
@@ -164,7 +164,10 @@ def dq_kernel(
     q_tile = load_tile(head_of(q, b, h), first_row, alive, BLOCK_M, D, BLOCK_D)
     do_tile = load_tile(head_of(do, b, h), first_row, alive, BLOCK_M, DV, BLOCK_DV)
     out_tile = load_tile(head_of(out, b, h), first_row, alive, BLOCK_M, DV, BLOCK_DV)
-    row_delta = tl.sum(out_tile.to(tl.float32) * do_tile.to(tl.float32), 1)  # [M]
+    # not a plain product: contracted with the first addition of the sum it would round differently in
+    # lanes that stand for the same row
+    products = tl.fma(out_tile.to(tl.float32), do_tile.to(tl.float32), 0.0)  # [M, BLOCK_DV]
+    row_delta = tl.sum(products, 1)  # [M]
     if dlse is not None:
         row_delta -= tl.load(dlse + offset + rows, mask=rows < len_q, other=0.0)
     tl.store(delta + offset + rows, row_delta, mask=rows < len_q)
@@ -431,7 +434,7 @@ def backward_dq(
     delta: torch.Tensor,
     bounds: tuple[int, ...],
     mask: MaskArgs,
-    lists: tuple[torch.Tensor, torch.Tensor] | None,
+    lists: ListArgs,
     score: ScoreArgs,
     scale: float,
     precision: str,
@@ -461,7 +464,7 @@ def backward_dq(
         dlse,
         delta,
         mask,
-        list_args(lists),
+        lists,
         score,
         visits,
         *bounds,
@@ -496,7 +499,7 @@ def backward_dkv(
     delta: torch.Tensor,
     bounds: tuple[int, ...],
     mask: MaskArgs,
-    lists: tuple[torch.Tensor, torch.Tensor] | None,
+    lists: ListArgs,
     score: ScoreArgs,
     scale: float,
     precision: str,
@@ -525,7 +528,7 @@ def backward_dkv(
         rest,
         delta,
         mask,
-        list_args(lists),
+        lists,
         score,
         visits,
         *bounds,

@@ -24,7 +24,7 @@ struct Head {
   uint16_t* data;
   int64_t row;  // stride
   int width;
-  bool chunked;  // rows start at multiples of 16 bytes and are whole chunks
+  int chunked;  // whether rows start at multiples of 16 bytes and are whole chunks
 };
 
 __device__ __forceinline__ Head head_of(const TilemaskTensor& tensor, int b, int h, int width,
