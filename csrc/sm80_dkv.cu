@@ -69,9 +69,9 @@ struct RowAhead {
 
 template <typename T, int WIDTH, bool GENERAL>
 struct DkvKernel {
-  static constexpr TileShape SHAPE = dkv_tile(WIDTH);
+  static constexpr TileShape SHAPE = dkv_tile(WIDTH, GENERAL);
   static constexpr int BLOCK_M = SHAPE.block_m, BLOCK_N = SHAPE.block_n, ACROSS = SHAPE.across;
-  static constexpr int MT = GENERAL ? 1 : SHAPE.row_tiles;  // options take registers
+  static constexpr int MT = SHAPE.row_tiles;
   static constexpr int WARPS = BLOCK_N / (16 * MT) * ACROSS, THREADS = WARPS * WARP;
   static constexpr int ROWS = BLOCK_M / ACROSS, NT = ROWS / 8;  // of a warp's scores
   static constexpr int WIDTH_TILES = WIDTH / 8 / ACROSS;        // of a warp's dk and dv

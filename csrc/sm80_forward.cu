@@ -9,12 +9,11 @@
 // visited tiles: v arrives during q @ k.T, the next k during the softmax and p @ v.
 //
 // Aim, instructions per score in the full loop: what the products and the softmax need, which is
-//   width 64 (128 x 64 tiles):  2 mma, 0.5 ldmatrix, 4.5 softmax (maximum, fused multiply-add,
-//   exp2,
-//     sum, half a conversion), 0.4 copies with their addresses  = 7.4; at most 10 with the loop
-//   width 128 (128 x 32):  4 mma, 1.5 ldmatrix, 4.5 softmax, 0.8 copies = 10.8; at most 16
-// not counting acc * rescale, which softmax_step seldom does. Partial tiles: at most 10 more, of
-// which the words of rows and the select are 3.
+//   width 64, 128 x 64 tiles: 2 mma, 0.5 ldmatrix, 4.5 softmax (maximum, multiply-add, exp2, sum,
+//       half a conversion), 0.4 copies with their addresses = 7.4; at most 10 with the loop
+//   width 128, 128 x 32: 4 mma, 1.5 ldmatrix, 4.5 softmax, 0.8 copies = 10.8; at most 16
+// not counting acc * rescale, which softmax_step seldom does. Partial tiles: at most 8 (14) more,
+// the words of all kinds of masks included, of which a call uses some.
 #include "forward.cuh"
 #include "launch.cuh"
 #include "mask.cuh"

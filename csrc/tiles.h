@@ -31,8 +31,9 @@ constexpr TileShape dq_tile(int width) {
   return {64, 16, 4, 1, 1};
 }
 
-constexpr TileShape dkv_tile(int width) {
-  if (width <= 64) return {32, 128, 4, 2, 1};
+// general: with options, which take registers; the tile is the same.
+constexpr TileShape dkv_tile(int width, bool general = false) {
+  if (width <= 64) return general ? TileShape{32, 128, 8, 1, 1} : TileShape{32, 128, 4, 2, 1};
   if (width <= 128) return {32, 64, 4, 1, 1};
   return {32, 32, 4, 1, 2};
 }

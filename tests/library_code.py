@@ -128,6 +128,8 @@ def scores_per_thread(kernel: Kernel) -> int:
     name, width = kernel.name.split("_")[0], int(re.search(r", (\d+)", kernel.name)[1])
     if name == "forward" and kernel.name.endswith("true>"):
         name = "decode"
+    if name == "dkv" and kernel.name.endswith("true>"):
+        name = "general dkv"
     shape = shapes[name, width]
     return shape["block_m"] * shape["block_n"] // (WARP * shape["warps"])
 
@@ -135,16 +137,17 @@ def scores_per_thread(kernel: Kernel) -> int:
 @functools.cache
 def tile_shapes() -> dict[tuple[str, int], dict[str, int]]:
     """What csrc/tiles.h says, by kernel and width."""
-    names = ("forward", "decode", "dq", "dkv")
+    calls = {name: f"{name}_tile(%d)" for name in ("forward", "decode", "dq", "dkv")}
+    calls["general dkv"] = "dkv_tile(%d, true)"
     lines = "".join(
-        f'show("{name}", {width}, {name}_tile({width}));'
-        for name in names
+        f'show("{name}", {width}, {call % width});'
+        for name, call in calls.items()
         for width in (64, 128, 256)
     )
     program = (
         '#include <cstdio>\n#include "tiles.h"\n'
         "void show(const char* name, int width, TileShape s) "
-        '{ std::printf("%s %d %d %d %d\\n", name, width, s.block_m, s.block_n, s.warps); }\n'
+        '{ std::printf("%s,%d,%d,%d,%d\\n", name, width, s.block_m, s.block_n, s.warps); }\n'
         f"int main() {{ {lines} }}\n"
     )
 
@@ -159,7 +162,7 @@ def tile_shapes() -> dict[tuple[str, int], dict[str, int]]:
     for line in subprocess.run(
         [made], check=True, capture_output=True, text=True
     ).stdout.splitlines():
-        name, width, block_m, block_n, warps = line.split()
+        name, width, block_m, block_n, warps = line.split(",")
         values = {"block_m": int(block_m), "block_n": int(block_n), "warps": int(warps)}
         shapes[name, int(width)] = values
     return shapes
