@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .masks import (
+    ListArgs,
     MaskArgs,
     columns_to_visit,
     count_visit,
@@ -28,7 +29,6 @@ from .masks import (
     visited_block,
     words_of,
 )
-from .pack import list_args
 from .scores import LOG2_E, ScoreArgs, bias_of, is_natural, kept, scored
 from .softmax import softmax_end, softmax_step
 from .tiles import head_of, load_tile, store_tile, tensor_arg
@@ -246,7 +246,7 @@ def forward(
     rest: torch.Tensor | None,
     bounds: tuple[int, ...],
     mask: MaskArgs,
-    lists: tuple[torch.Tensor, torch.Tensor] | None,
+    lists: ListArgs,
     score: ScoreArgs,
     scale: float,
     precision: str,
@@ -282,7 +282,7 @@ def forward(
         lse,
         rest,
         mask,
-        list_args(lists),
+        lists,
         score,
         parts or PartArgs(),
         splits,

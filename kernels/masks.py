@@ -63,39 +63,6 @@ class MaskArgs(NamedTuple):
     keys_batch: int | None = None
 
 
-def mask_args(parts: list, batch: int, transposed: bool = False) -> MaskArgs:
-    """MaskArgs from its tensors: batch_bounds, lo, hi, live, words, keys (any may be None).
-
-    batch: B. transposed: words are the ones that transpose_words made.
-    """
-    batch_bounds, lo, hi, live, words, keys = parts
-    steps: dict = {}
-    if lo is not None:
-        steps["lo_batch"], steps["lo_head"] = head_steps(lo)
-    if live is not None:
-        steps["live_batch"], steps["live_head"] = head_steps(live)
-    if words is not None:
-        outer, inner, heads, groups, lines, _ = words.shape
-        matrix = groups * lines * 4
-        steps |= {
-            "words_outer": inner * heads * matrix if outer > 1 else 0,
-            "words_inner": heads * matrix if inner > 1 else 0,
-            "words_split": inner if inner > 1 else batch // outer if outer > 1 else 1,
-            "words_head": matrix if heads > 1 else 0,
-            "words_group": 0 if transposed and groups == 1 else lines * 4,
-            "words_line": 0 if not transposed and lines == 1 else 4,
-        }
-    if keys is not None:
-        steps["keys_batch"] = keys.stride(0) if keys.shape[0] > 1 else 0
-    return MaskArgs(batch_bounds, lo, hi, live=live, words=words, keys=keys, **steps)
-
-
-def head_steps(tensor: torch.Tensor) -> tuple[int, int]:
-    """Heads of [B|1, H|1, L] from one batch, and one head, to the next; 0 where they repeat."""
-    batch, heads = tensor.shape[:2]
-    return heads if batch > 1 else 0, 1 if heads > 1 else 0
-
-
 class ListArgs(NamedTuple):
     """Lists of visited blocks (kernels/pack.py), as one argument; all None for affine masks."""
 

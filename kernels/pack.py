@@ -14,10 +14,9 @@ import triton.language as tl
 
 from .masks import (
     WORD_COLUMNS,
-    ListArgs,
+    MaskArgs,
     interval_bits,
     load_bounds,
-    mask_args,
     row_intervals,
     words_of,
 )
@@ -210,42 +209,30 @@ def live_rows_kernel(
     tl.store(where, alive, mask=rows < len_q)
 
 
-def live_rows(parts: list, bounds: list[int], sizes: list[int]) -> torch.Tensor:
+def live_rows(
+    mask: MaskArgs, bounds: list[int], planes: tuple[int, int], len_q: int, len_k: int
+) -> torch.Tensor:
     """Which rows see anything: int32 [B|1, H|1, Lq], for masks with words or key words.
 
     (Not one byte each: Triton takes the narrowest load behind a product for its operands' width.)
 
-    parts: the tensors of mask_args (live still None). sizes: B, H, Lq, Lk.
+    mask: without live. planes: (B|1, H|1), over which batches and heads it differs.
     """
-    batch, _, len_q, len_k = sizes
-    shape = spread(parts, *sizes[:2])
-    live = torch.empty(
-        *shape, len_q, dtype=torch.int32, device=parts[4 if parts[5] is None else 5].device
-    )
-    grid = (shape[0] * shape[1] * triton.cdiv(len_q, LIVE_ROWS),)
+    words = mask.keys if mask.words is None else mask.words
+    live = torch.empty(*planes, len_q, dtype=torch.int32, device=words.device)
+    grid = (planes[0] * planes[1] * triton.cdiv(len_q, LIVE_ROWS),)
     if grid[0]:
         live_rows_kernel[grid](
-            mask_args(parts, batch),
+            mask,
             live,
             *bounds,
-            shape[1],
+            planes[1],
             len_q,
             len_k,
             ROWS=LIVE_ROWS,
             CHUNK=CHUNK,
         )
     return live
-
-
-def spread(parts: list, batch: int, heads: int) -> tuple[int, int]:
-    """(B|1, H|1): over which batches and heads a mask differs."""
-    batch_bounds, lo, _, live, words, keys = parts
-    batches = [t.shape[0] for t in (batch_bounds, lo, live, keys) if t is not None]
-    differs = [t.shape[1] for t in (lo, live) if t is not None]
-    if words is not None:
-        batches.append(words.shape[0] * words.shape[1])
-        differs.append(words.shape[2])
-    return batch if max(batches) > 1 else 1, heads if max(differs, default=1) > 1 else 1
 
 
 # -- tile lists -----------------------------------------------------------------------------------
@@ -332,31 +319,36 @@ def compact_kernel(
 
 
 def build_lists(
-    parts: list, bounds: list[int], sizes: list[int], block_m: int, block_n: int, transposed: bool
+    mask: MaskArgs,
+    bounds: list[int],
+    planes: tuple[int, int],
+    len_q: int,
+    len_k: int,
+    block_m: int,
+    block_n: int,
+    transposed: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Lists for tiles of block_m x block_n of any mask.
 
-    parts: the tensors of mask_args. sizes: B, H, Lq, Lk. -> counts int32 [B|1, H|1, blocks, 2]
-    (partial, full) and blocks int32 [B|1, H|1, blocks, 2, most], ascending. blocks runs over row
-    blocks, or over column blocks where transposed. Entries past a count are not written.
+    planes: (B|1, H|1), over which batches and heads the mask differs. -> counts int32 [B|1, H|1,
+    blocks, 2] (partial, full) and blocks int32 [B|1, H|1, blocks, 2, most], ascending. blocks runs
+    over row blocks, or over column blocks where transposed. Entries past a count are not written.
     """
-    batch, _, len_q, len_k = sizes
     assert block_n <= WORD_COLUMNS.value and block_m <= WORD_COLUMNS.value
-    shape = spread(parts, *sizes[:2])
     row_blocks, col_blocks = triton.cdiv(len_q, block_m), triton.cdiv(len_k, block_n)
     blocks, across = (col_blocks, row_blocks) if transposed else (row_blocks, col_blocks)
-    device = next(t.device for t in parts if t is not None)
-    classes = torch.empty(*shape, row_blocks, col_blocks, dtype=torch.uint8, device=device)
-    counts = torch.empty(*shape, blocks, 2, dtype=torch.int32, device=device)
-    lists = torch.empty(*shape, blocks, 2, across, dtype=torch.int32, device=device)
-    heads = shape[0] * shape[1]
+    device = next(t.device for t in mask if isinstance(t, torch.Tensor))
+    classes = torch.empty(*planes, row_blocks, col_blocks, dtype=torch.uint8, device=device)
+    counts = torch.empty(*planes, blocks, 2, dtype=torch.int32, device=device)
+    lists = torch.empty(*planes, blocks, 2, across, dtype=torch.int32, device=device)
+    heads = planes[0] * planes[1]
     grid = (heads * row_blocks * triton.cdiv(col_blocks, CHUNK),)
     if grid[0]:
         classify_kernel[grid](
-            mask_args(parts, batch),
+            mask,
             classes,
             *bounds,
-            shape[1],
+            planes[1],
             len_q,
             len_k,
             BLOCK_M=block_m,
@@ -369,11 +361,3 @@ def build_lists(
             classes, counts, lists, blocks, across, *steps, CHUNK=COMPACT
         )
     return counts, lists
-
-
-def list_args(lists: tuple[torch.Tensor, torch.Tensor] | None) -> ListArgs:
-    """Lists as the kernels take them."""
-    if lists is None:
-        return ListArgs()
-    batch, heads = lists[0].shape[:2]
-    return ListArgs(*lists, heads if batch > 1 else 0, 1 if heads > 1 else 0)

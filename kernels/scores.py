@@ -35,38 +35,6 @@ class ScoreArgs(NamedTuple):
     factor: float | None = None  # of what is kept
 
 
-def score_args(
-    softcap: float,
-    bias: torch.Tensor | None,
-    slopes: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    dropout_p: float,
-    seed: torch.Tensor | None,
-    batch: int,
-) -> ScoreArgs:
-    """ScoreArgs as the kernels take them, from those of a call with B = batch."""
-    given: dict = {}
-    if softcap:
-        given["softcap"] = softcap
-    if bias is not None:
-        outer, inner = bias.shape[:2]
-        steps = [stride if size > 1 else 0 for size, stride in zip(bias.shape, bias.stride())]
-        given["bias"] = bias
-        given |= dict(zip(("bias_outer", "bias_inner", "bias_head"), steps[:3], strict=True))
-        given["bias_split"] = inner if inner > 1 else batch // outer if outer > 1 else 1
-        given["bias_row"], given["bias_col"] = steps[3] or None, steps[4] or None
-    if slopes is not None:
-        given["slopes"] = slopes.to(torch.float32).contiguous()
-        given["slopes_batch"] = slopes.shape[1] if slopes.shape[0] > 1 else 0
-    if sinks is not None:
-        given["sinks"] = sinks.to(torch.float32).contiguous()
-    if dropout_p:
-        threshold = round(dropout_p * 65536)
-        factor = 65536 / (65536 - threshold) if threshold < 65536 else 0.0
-        given |= {"seed": seed, "threshold": threshold, "factor": factor}
-    return ScoreArgs(**given)
-
-
 def is_natural(score: ScoreArgs) -> bool:
     """Whether scores are in natural units and need ``scored``."""
     return any(o is not None for o in (score.softcap, score.bias, score.slopes))

@@ -889,6 +889,18 @@ def decode_cases() -> list[Case]:
     add("dense", dense(random_bits("decode", (2, 4, 3, 330), 0.1)), Lq=3)
     add("tree", dense(random_bits("drafts", (7, 330))) & padding([330, 300]), Lq=7, poison=True)
     add("documents", varlen([0, 2, 3], [0, 100, 330]), Lq=3)
+
+    # several shares of four tiles of 128 keys
+    long = dict(Hq=2, Hkv=1, Lk=1100)
+    add("long", latest, lse_grad=True, **long)
+    add("long_rows", latest, Lq=5, **long)
+    add("long_lengths", padding([1100, 30]), Lq=2, poison=True, **long)
+    add("long_wide", window(700, 0, align="lower_right"), D=160, Dv=136, **long)
+    keep = padding(keep=random_keep("long", 2, 1100, 0.1))
+    add("long_keys", keep, sinks=True, poison=True, **long)
+    bits = dense(random_bits("long", (3, 1100), 0.01)) & padding([1100, 600])
+    add("long_bits", bits, Lq=3, softcap=2.0, poison=True, **long)
+    add("long_bias", bias="1H1K", alibi="H", dropout_p=0.2, dropout_seed=4, **long)
     return cases
 
 

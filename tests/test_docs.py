@@ -18,7 +18,7 @@ import torch
 import tilemask
 from tilemask import masks
 from tilemask.attention import checked
-from tilemask.backends import triton
+from tilemask.backends import cuda, triton
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -55,7 +55,7 @@ def test_python_blocks_run_and_print_what_is_shown(page):
 
 def test_every_page_is_there_and_masks_has_pictures():
     names = {page.name for page in PAGES}
-    assert names >= {"README.md", "masks.md", "semantics.md", "adding_a_kernel.md"}
+    assert names >= {"README.md", "masks.md", "semantics.md", "adding_a_kernel.md", "backends.md"}
     text = (ROOT / "docs/masks.md").read_text(encoding="utf-8")
     outputs = [shown for _, shown in BLOCK.findall(text) if shown]
     assert sum("% visited" in shown for shown in outputs) >= 10
@@ -122,10 +122,10 @@ def call(mask=None, dtype=torch.float16, width=D, width_v=D, Hkv=H, **options):
 
 
 def rows_of_the_table():
-    """{first cell: whether the Triton column says yes}"""
+    """{first cell: whether the columns of CUDA and of Triton say yes}"""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (.+?) \| (yes|no) \| yes \|$", readme, re.MULTILINE)
-    return {name: triton == "yes" for name, triton in rows}
+    rows = re.findall(r"^\| (.+?) \| (yes|no) \| (yes|no) \| yes \|$", readme, re.MULTILINE)
+    return {name: [said == "yes" for said in row] for name, *row in rows}
 
 
 IDS = torch.arange(L) // 7
@@ -163,10 +163,8 @@ CALLS = {
         lambda: call(scale=-1.0),
         lambda: call(scale=0.0),
     ],
-    "float16, bfloat16, float32": [
-        lambda: call(dtype=torch.bfloat16),
-        lambda: call(dtype=torch.float32),
-    ],
+    "float16, bfloat16": [lambda: call(), lambda: call(dtype=torch.bfloat16)],
+    "float32": [lambda: call(dtype=torch.float32)],
     "float64": [lambda: call(dtype=torch.float64)],
     "D and Dv from 1 to 256": [
         lambda: call(width=1, width_v=256),
@@ -178,24 +176,38 @@ CALLS = {
 
 @pytest.mark.parametrize("row", CALLS, ids=lambda row: row.replace("`", ""))
 def test_table_says_what_why_not_says(row, monkeypatch):
-    monkeypatch.setattr(triton, "unfit", lambda device: None)  # as on a GPU
-    expected = rows_of_the_table()[row]
-    for make in CALLS[row]:
-        reason = triton.why_not(make())
-        assert (reason is None) == expected, reason
+    for backend, expected in zip((cuda, triton), rows_of_the_table()[row], strict=True):
+        monkeypatch.setattr(backend, "unfit", lambda device: None)  # as on a GPU
+        for make in CALLS[row]:
+            reason = backend.why_not(make())
+            assert (reason is None) == expected, reason
 
 
 def test_table_is_right_about_transforms(monkeypatch):
-    monkeypatch.setattr(triton, "unfit", lambda device: None)
     reasons = []
+    for backend in (cuda, triton):
+        monkeypatch.setattr(backend, "unfit", lambda device: None)
 
     def inside(x):
-        reasons.append(triton.why_not(call()))
+        reasons.extend(backend.why_not(call()) for backend in (cuda, triton))
         return x
 
     torch.vmap(inside)(torch.zeros(3))
     (row,) = (name for name in rows_of_the_table() if "torch.func" in name)
-    assert (reasons == [None]) == rows_of_the_table()[row]
+    assert [reason is None for reason in reasons] == rows_of_the_table()[row]
+
+
+def test_the_table_of_who_runs_is_the_one_that_decides():
+    """docs/backends.md names the backends of cuda.PREFERRED."""
+    text = (ROOT / "docs/backends.md").read_text(encoding="utf-8")
+    (columns,) = re.findall(r"^\| calls \| D, Dv up to \|(.*)\|$", text, re.MULTILINE)
+    rows = [int(re.search(r"sm_(\d+)", gpus)[1]) for gpus in columns.split("|")]
+    names = {"decode": "up to 16 rows", "plain": "plain", "options": "with options"}
+    for calls, said in names.items():
+        for place, width in enumerate((64, 128, 256)):
+            cells = " | ".join(f"`{cuda.PREFERRED[calls, row][place]}`" for row in rows)
+            assert f"\n| {said} | {width} | {cells} |\n" in text
+    assert {(calls, row) for calls in names for row in rows} == set(cuda.PREFERRED)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,7 @@ def arch(request):
 
 @pytest.fixture(scope="module")
 def made(arch):
-    from ptx_emulator import library
-
-    library()
-    loaded = ctypes.CDLL(str(cuda.posed([SOURCE], arch)))
+    loaded = cuda.loaded(cuda.posed([SOURCE], arch))
     loaded.error_name.restype = ctypes.c_char_p
     loaded.scaled.argtypes = [c_void_p, c_int, c_float, c_int, c_void_p]
     loaded.out_of_bounds.argtypes = [c_void_p]

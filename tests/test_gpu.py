@@ -1,14 +1,27 @@
-"""What only a GPU can show: CUDA graphs, no host synchronisation, streams, determinism, devices."""
+"""What only a GPU can show: CUDA graphs, no host synchronisation, streams, determinism, devices. On
+each GPU backend that the machine can run."""
 
 import pytest
 import torch
 
 import tilemask
-from tilemask import masks
+from tilemask import backends, masks
+from tilemask.attention import checked
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 LENGTH = 300
+BACKENDS = [name for name in ("cuda", "triton") if name in tilemask.available_backends()]
+
+
+@pytest.fixture(params=BACKENDS, autouse=True)
+def backend(request):
+    """The backend that runs every call of a test."""
+    with tilemask.use_backend(request.param):
+        yield request.param
+
+
+on_triton = pytest.mark.parametrize("backend", ["triton"], indirect=True)
 
 
 def tensors(requires_grad=True, dtype=torch.bfloat16, batch=2):
@@ -55,7 +68,7 @@ MASKS = {
 
 
 def attend(q, k, v, mask, **options):
-    return tilemask.attention(q, k, v, mask=mask, return_lse=True, backend="triton", **options)
+    return tilemask.attention(q, k, v, mask=mask, return_lse=True, **options)
 
 
 def step(inputs, mask):
@@ -113,8 +126,7 @@ def test_memory_of_a_large_mask(direction, most):
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        with tilemask.use_backend("triton"):
-            out = tilemask.scaled_dot_product_attention(q, q, q, attn_mask)
+        out = tilemask.scaled_dot_product_attention(q, q, q, attn_mask)
         if training:
             torch.autograd.grad(out.sum(), q)
         torch.cuda.synchronize()
@@ -169,22 +181,28 @@ def test_a_mask_used_on_two_streams(data):
 
 def test_output_keeps_the_memory_order_of_q():
     q = torch.randn(2, 50, 4, 64, device="cuda", dtype=torch.float16).transpose(1, 2)
-    out = tilemask.attention(q, q, q, backend="triton")
+    out = tilemask.attention(q, q, q)
     assert out.transpose(1, 2).is_contiguous()
 
 
-def test_triton_is_chosen_on_a_gpu():
+def test_who_is_chosen_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(backends, "_forced", None)
     q, k, v = tensors(requires_grad=False)
-    assert tilemask.available_backends()[0] == "triton"
-    assert tilemask.explain(q, k, v, mask=masks.causal()).backend == "triton"
+    wanted = BACKENDS[0]
+    if len(BACKENDS) == 2:
+        wanted = backends.cuda.preferred(checked(q, k, v))[0]
+    assert tilemask.explain(q, k, v, mask=masks.causal()).backend == wanted
     explained = tilemask.explain(q.double(), k.double(), v.double())
-    assert explained.backend == "reference" and "float64" in explained.reasons["triton"]
+    assert explained.backend == "reference"
+    assert all("float64" in explained.reasons[name] for name in BACKENDS)
 
 
+@on_triton
 @pytest.mark.parametrize("setting", ["ieee", "tf32"])
 def test_float32_precision_is_torchs(setting):
     q, k, v = tensors(requires_grad=False, dtype=torch.float32)
-    truth = tilemask.attention(q.double(), k.double(), v.double(), mask=masks.causal())
+    doubled = (t.double() for t in (q, k, v))
+    truth = tilemask.attention(*doubled, mask=masks.causal(), backend="reference")
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = setting
     try:
@@ -201,8 +219,8 @@ def test_more_than_2_to_the_31_elements():
     q = torch.randn(1, 8, 128, 64, device="cuda", dtype=torch.float16)
     k = torch.randn(1, 8, length, 64, device="cuda", dtype=torch.float16)
     mask = masks.padding(start=torch.tensor([length - 200]))
-    out = tilemask.attention(q, k, k, mask=mask, backend="triton")
-    wanted = tilemask.attention(q, k[:, :, -200:], k[:, :, -200:], backend="triton")
+    out = tilemask.attention(q, k, k, mask=mask)
+    wanted = tilemask.attention(q, k[:, :, -200:], k[:, :, -200:])
     torch.testing.assert_close(out, wanted, rtol=1e-3, atol=1e-3)
 
 
@@ -210,7 +228,7 @@ def test_more_than_2_to_the_32_pairs():
     """Lq * Lk past 32 bits gave wrong numbers elsewhere; the last rows say whether it does here."""
     length = 66_000
     q, k, v = (torch.randn(1, 1, length, 32, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    out = tilemask.attention(q, k, v, mask=masks.causal(), backend="triton")
+    out = tilemask.attention(q, k, v, mask=masks.causal())
     last = masks.causal(align="lower_right")
     wanted = tilemask.attention(q[:, :, -70:], k, v, mask=last, backend="reference")
     torch.testing.assert_close(out[:, :, -70:], wanted, rtol=2e-2, atol=2e-2)

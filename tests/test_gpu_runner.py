@@ -62,6 +62,7 @@ def test_summary_counts_every_test_once(runner, tmp_path, monkeypatch, failing):
     monkeypatch.setattr(
         runner, "provenance", lambda: dict.fromkeys(("gpu", "torch", "triton"), "x")
     )
+    monkeypatch.setattr(runner, "build_library", lambda: "none")
     monkeypatch.setattr(sys, "argv", ["run.py", "--out", str(out), "--shards", "2"])
     assert runner.main() == int(failing)
     summary = json.loads((out / "summary.json").read_text())
@@ -78,3 +79,30 @@ def test_a_process_that_dies_is_a_failure(runner, tmp_path):
 def test_what_it_runs_is_there_golden_vectors_included(runner):
     assert all((ROOT / "tests" / name).exists() for name in runner.TESTS)
     assert "test_golden.py" in runner.TESTS
+
+
+def test_the_library_is_built_first_or_its_reason_kept(runner, tmp_path, monkeypatch):
+    """By setup.py, in the tree that is laid out."""
+    folder = tmp_path / "python" / "tilemask"
+    folder.mkdir(parents=True)
+    info = "ARCHITECTURES, NVCC, REASON = {}"
+    script = """
+import os, pathlib, sys
+assert sys.argv[1:] == ["-q", "build_library", "--inplace"]
+assert os.environ["TILEMASK_CUDA"] == "auto"
+if pathlib.Path("broken").exists():
+    sys.exit("kernel.cu(3): error")
+pathlib.Path("python/tilemask/_build_info.py").write_text(pathlib.Path("info").read_text())
+"""
+    (tmp_path / "setup.py").write_text(script)
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    monkeypatch.delenv("TILEMASK_CUDA", raising=False)
+    for values, said in (
+        ("['90a'], '13.0.88', None", "90a, nvcc 13.0.88"),
+        ("[], None, 'there was no nvcc'", "there was no nvcc"),
+    ):
+        (tmp_path / "info").write_text(info.format(values))
+        assert runner.build_library() == said
+    (tmp_path / "broken").touch()
+    with pytest.raises(SystemExit, match=r"kernel.cu\(3\): error\n+the CUDA library was not built"):
+        runner.build_library()

@@ -8,12 +8,15 @@ import ways
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from ways import WAYS
 
-from tilemask import autograd, masks
+from tilemask import autograd, library, masks
 from tilemask.attention import checked
 from tilemask.backends import triton
 
+LIBRARY = [] if library.unavailable() else [ways.Gpu("cuda")]
+LIBRARY = LIBRARY if torch.cuda.is_available() else [ways.EmulatedLibrary()]
 
-@pytest.fixture(params=WAYS, ids=lambda way: way.name)
+
+@pytest.fixture(params=[*WAYS, *LIBRARY], ids=lambda way: way.name)
 def way(request):
     return request.param
 
@@ -39,7 +42,7 @@ PACKED = [c for c in PACKED if "keep" not in c.name and c.B * c.Hq * c.Lq * c.Lk
 
 @pytest.mark.parametrize("case", PACKED, ids=lambda case: case.name)
 def test_words_hold_the_bits(way, case):
-    made = way.call(ways.packed, case.name, way.device)
+    made = way.call(ways.packed, case.name, way.device, way.backend)
     bits = case.mask("cpu")
     bits = bits.bits(case.B, case.Hq, case.Lq, case.Lk, torch.device("cpu"))
     if bits is None:  # the mask is an interval per row after all
@@ -72,7 +75,7 @@ def made_of(mask, length, backward, dtype=torch.bfloat16, width=64, monkeypatch=
     """What a call keeps of a mask, on tensors without memory: reading a value of one raises."""
     q = torch.empty(1, 1, length, width, dtype=dtype)
     call = checked(q, q, q, mask(length))
-    triton.prepare(call, backward, autograd.traced_steps())
+    triton.prepare(call, backward, autograd.traced_steps("triton"))
     tensors = []
     for _, (value, _) in call.mask.prepared.kept.items():
         tensors += value if isinstance(value, tuple) else [value]
@@ -118,7 +121,7 @@ def test_holes_cost_a_bit_per_key(on_hopper, length):
             *[torch.empty(1, 1, length, 64)] * 3, masks.padding(keep=keep) & masks.causal()
         )
         for made in (call, both):
-            triton.prepare(made, True, autograd.traced_steps())
+            triton.prepare(made, True, autograd.traced_steps("triton"))
             assert made.mask.prepared.get("words") is None
             assert made.mask.prepared["keys"].numel() * 32 == length
 
@@ -162,4 +165,4 @@ def test_looking_at_a_value_would_raise(on_hopper, monkeypatch):
 
 def test_documents_are_packed_in_strips(way):
     """Bits that are computed are never all there at once."""
-    assert way.call(ways.packed_in_strips, way.device)
+    assert way.call(ways.packed_in_strips, way.device, way.backend)

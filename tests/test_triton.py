@@ -141,7 +141,11 @@ def test_masks_whose_lists_are_not_ranges_are_among_the_cases():
 @pytest.mark.parametrize("tile", [(16, 16), (64, 64), (128, 32)])
 @pytest.mark.parametrize("case", LISTED, ids=lambda case: case.name)
 def test_lists_name_the_tiles(way, case, tile, transposed):
-    counts, blocks = way.call(ways.lists, case.name, tile, transposed, way.device)
+    check_lists(way, case, tile, transposed)
+
+
+def check_lists(way, case, tile, transposed):
+    counts, blocks = way.call(ways.lists, case.name, tile, transposed, way.device, way.backend)
     classes = expected_classes(case.seen(), *tile)
     classes = classes.reshape(case.B, case.Hq, *classes.shape[1:])
     counts, blocks = (np.broadcast_to(t, (case.B, case.Hq, *t.shape[2:])) for t in (counts, blocks))

@@ -66,7 +66,7 @@ def attention(
         softmax denominator.
     dropout_p: probability of dropping, quantised to 1/65536. dropout_seed: an int or int64 tensor
         [1]; by default drawn from torch's generator of q's device.
-    backend: force "triton" or "reference"; see available_backends() and explain().
+    backend: force "cuda", "triton" or "reference"; see available_backends() and explain().
 
     Raises TypeError or ValueError for arguments, naming them; RuntimeError where a forced backend
     cannot run.
@@ -561,8 +561,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None, mask
     reasons = {}
     for other in backends.BACKENDS:
         if other is not chosen:
-            fallback = f"{forced} is forced" if forced else f"{chosen.NAME} comes first"
-            reasons[other.NAME] = other.why_not(call) or fallback
+            reasons[other.NAME] = backends.reason_against(other, chosen, call, forced)
     tile = chosen.tile(call)
     B, Hq, Lq, _ = q.shape
     classes = lowering.tile_classes(mask, B, Hq, Lq, k.shape[2], tile, q.device)

@@ -3,7 +3,8 @@
 Eager: the backend is called directly, inside an autograd.Function only if a gradient is needed; the
 reference is differentiated by autograd itself. While tracing (torch.compile, torch.export, fake
 tensors, dispatch modes) three functional ops stand for the call, ``tilemask::lower``, ``forward``
-and ``backward``; the backend is chosen by the same rules, from shapes, dtypes and devices alone.
+and ``backward``; the backend is chosen by the same rules, from shapes, dtypes and devices alone,
+once for a call, and each of its ops has its name.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from . import backends
 from .backends import Call
+from .backends.prepared import Steps, spread
 from .lowering import LoweredMask
 from .masks import PairBits
 
@@ -86,12 +88,12 @@ class Attention(torch.autograd.Function):
 # block_m and block_n of each list; numbers = [scale, softcap, dropout_p].
 
 library = torch.library.Library("tilemask", "DEF")
-library.define("pack(Tensor bits) -> Tensor")
-library.define("transpose(Tensor words, SymInt len_q, SymInt len_k) -> Tensor")
-library.define("live(Tensor?[] parts, SymInt[] bounds, SymInt[] sizes) -> Tensor")
+library.define("pack(Tensor bits, str backend) -> Tensor")
+library.define("transpose(Tensor words, SymInt len_q, SymInt len_k, str backend) -> Tensor")
+library.define("live(Tensor?[] parts, SymInt[] bounds, SymInt[] sizes, str backend) -> Tensor")
 library.define(
     "lower(Tensor?[] parts, SymInt[] bounds, SymInt[] sizes, int block_m, int block_n,"
-    " bool transposed) -> (Tensor counts, Tensor blocks)"
+    " bool transposed, str backend) -> (Tensor counts, Tensor blocks)"
 )
 library.define(
     "forward(Tensor q, Tensor k, Tensor v, Tensor?[] options, Tensor?[] mask, SymInt[] bounds,"
@@ -115,7 +117,7 @@ def packed(call: Call, backend, direction: str) -> tuple[list, list, list, list]
         tensors.append(mask.key_bits)
         tensors.append(None if mask.bits is None else mask.bits.tensor(mask.len_q))
     else:
-        backend.prepare(call, direction == "backward", traced_steps())
+        backend.prepare(call, direction == "backward", traced_steps(backend.NAME))
         tensors += [None, None, *(mask.prepared.get(name) for name in PREPARED)]
         if direction == "forward":
             tensors[-1] = None
@@ -149,25 +151,33 @@ def unpacked(q, k, v, options, mask, bounds, numbers, direction: str) -> Call:
     return Call(q, k, v, lowered, scale, bias, softcap, alibi_slopes, sinks, dropout_p, seed)
 
 
-def traced_steps():
+def traced_steps(backend: str) -> Steps:
+    """The ops that stand for the steps of a backend."""
     ops = torch.ops.tilemask
-    return backends.triton.Steps(ops.pack, ops.transpose, ops.live, ops.lower, True)
+    return Steps(
+        lambda bits: ops.pack(bits, backend),
+        lambda words, len_q, len_k: ops.transpose(words, len_q, len_k, backend),
+        lambda parts, bounds, sizes: ops.live(parts, bounds, sizes, backend),
+        lambda parts, bounds, sizes, *key: ops.lower(parts, bounds, sizes, *key, backend),
+        traced=True,
+    )
 
 
-def op_pack(bits):
-    return backends.triton.launched().pack(bits)
+def op_pack(bits, backend):
+    return backends.named(backend).launched().pack(bits)
 
 
-def op_transpose(words, len_q, len_k):
-    return backends.triton.launched().transpose(words, len_q, len_k)
+def op_transpose(words, len_q, len_k, backend):
+    return backends.named(backend).launched().transpose(words, len_q, len_k)
 
 
-def op_live(parts, bounds, sizes):
-    return backends.triton.launched().live(parts, bounds, sizes)
+def op_live(parts, bounds, sizes, backend):
+    return backends.named(backend).launched().live(parts, bounds, sizes)
 
 
-def op_lower(parts, bounds, sizes, block_m, block_n, transposed):
-    return backends.triton.launched().lower(parts, bounds, sizes, block_m, block_n, transposed)
+def op_lower(parts, bounds, sizes, block_m, block_n, transposed, backend):
+    steps = backends.named(backend).launched()
+    return steps.lower(parts, bounds, sizes, block_m, block_n, transposed)
 
 
 def op_forward(q, k, v, options, mask, bounds, numbers, backend):
@@ -209,29 +219,25 @@ for op, implementation in (
 
 
 @torch.library.register_fake("tilemask::pack")
-def fake_pack(bits):
+def fake_pack(bits, backend):
     *planes, rows, len_k = bits.shape
     return bits.new_empty((*planes, -(-len_k // 128), rows, 4), dtype=torch.int32)
 
 
 @torch.library.register_fake("tilemask::transpose")
-def fake_transpose(words, len_q, len_k):
+def fake_transpose(words, len_q, len_k, backend):
     *planes, _, lines, _ = words.shape
     return words.new_empty((*planes, 1 if lines == 1 else -(-len_q // 128), len_k, 4))
 
 
 @torch.library.register_fake("tilemask::live")
-def fake_live(parts, bounds, sizes):
-    from .kernels.pack import spread
-
+def fake_live(parts, bounds, sizes, backend):
     made = next(t for t in parts if t is not None)
     return made.new_empty((*spread(parts, *sizes[:2]), sizes[2]), dtype=torch.int32)
 
 
 @torch.library.register_fake("tilemask::lower")
-def fake_lower(parts, bounds, sizes, block_m, block_n, transposed):
-    from .kernels.pack import spread
-
+def fake_lower(parts, bounds, sizes, block_m, block_n, transposed, backend):
     shape = spread(parts, *sizes[:2])
     across = [-(-sizes[2] // block_m), -(-sizes[3] // block_n)]
     blocks, most = reversed(across) if transposed else across

@@ -16,8 +16,10 @@ import torch.nn.functional as F
 
 import tilemask
 from tilemask import backends, library, masks
+from tilemask.attention import checked as checked_call
 
-BOUND = 1e-4  # float32 rounding stays far below, a wrong mask far above
+# what rounding stays far below, and a wrong mask far above
+BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2}
 VARIABLES = ("TILEMASK_BACKEND", "TILEMASK_DEBUG", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
 
 
@@ -115,13 +117,16 @@ def state(backend) -> tuple[bool, str]:
     reason = backend.unavailable()
     if reason is not None:
         return False, f"does not run: {reason}"
-    checked = []
+    checked, dtype = [], torch.float16 if backend is backends.cuda else torch.float32
     for device in devices(backend):
         try:
-            difference = check(backend.NAME, device)
+            reason = backend.why_not(small_call(dtype, device))
+            if reason is not None:
+                return False, f"does not run: {reason}"
+            difference = check(backend.NAME, device, dtype)
         except Exception as error:  # whatever it is, it is what the user wants to know
             return False, f"FAILED on {device}: {type(error).__name__}: {error}"
-        if not difference <= BOUND:
+        if not difference <= BOUNDS[dtype]:
             return False, f"WRONG on {device}: differs from torch by {difference:.1e}"
         checked.append(f"{device} (largest difference from torch {difference:.1e})")
     note = " in Triton's interpreter, slowly" if backend.NAME == "triton" and interpreted() else ""
@@ -140,22 +145,29 @@ def devices(backend) -> list[str]:
     return cuda
 
 
-def check(name: str, device: str) -> float:
-    """The largest difference from torch in a small masked call: output and gradients, float32."""
+def small_call(dtype: torch.dtype, device: str) -> backends.Call:
+    """A call that a backend runs if it can run any of this dtype."""
+    q = torch.zeros(1, 1, 1, 16, dtype=dtype, device=device)
+    return checked_call(q, q, q)
+
+
+def check(name: str, device: str, dtype: torch.dtype) -> float:
+    """The largest difference from torch in float32, in a small masked call: output and
+    gradients."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (
-        torch.randn(2, 2, 33, 16, generator=generator).to(device).requires_grad_() for _ in range(3)
+    q, k, v, dout = (
+        torch.randn(2, 2, 33, 16, generator=generator).to(device, dtype) for _ in range(4)
     )
-    dout = torch.randn(2, 2, 33, 16, generator=generator).to(device)
+    q, k, v = (t.requires_grad_() for t in (q, k, v))
     lengths = torch.tensor([20, 33])
     mask = masks.causal() & masks.padding(lengths)
     dense = (torch.arange(33) < lengths[:, None])[:, None, None, :]
     dense = (dense & torch.ones(33, 33, dtype=torch.bool).tril()).to(device)
 
     out = tilemask.attention(q, k, v, mask=mask, backend=name)
-    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=dense)
+    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=dense)
     found = (out, *torch.autograd.grad(out, (q, k, v), dout))
-    wanted = (expected, *torch.autograd.grad(expected, (q, k, v), dout))
+    wanted = (expected, *torch.autograd.grad(expected, (q, k, v), dout.float()))
     differences = [(a - b).abs().max() for a, b in zip(found, wanted)]
     return torch.stack(differences).max().item()
 
@@ -173,8 +185,9 @@ def advice(works: set[str], states: dict[str, str]) -> str:
         return "unset TRITON_INTERPRET, unless you debug kernels: the interpreter is very slow"
     if torch.cuda.is_available() and (reason := library.unavailable()):
         return f"{reason}; docs/install.md says how to build it"
-    if "triton" in works:
-        return "none: on this GPU, calls that the Triton kernels support run on them"
+    if works != {"reference"}:
+        names = " or ".join(name for name in states if name in works and name != "reference")
+        return f"none: on this GPU, calls that {names} can run, run there"
     if installed("triton") is None:
         return "install triton (pip install triton, on Linux) to run the GPU kernels"
     if torch.version.cuda is None:

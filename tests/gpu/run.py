@@ -2,10 +2,11 @@
 
     make gpu-test OUT=dir        (or: python tests/gpu/run.py --out dir [pytest arguments])
 
-Installs nothing and needs no network: the package is laid out as it is installed in a folder of its
-own and imported from there. Compiling kernels takes most of the time, so the tests run in several
-processes. Writes into OUT: summary.json (GPU, driver, versions, commit, counts, failures), log.txt.
-Exit code 0 if every test passed, 1 otherwise.
+Installs nothing and needs no network. Where nvcc and ninja are, the CUDA library is built for this
+GPU first, as by `make library`: objects of an earlier build are kept. The package is laid out as it
+is installed in a folder of its own and imported from there. Compiling kernels takes most of the
+time, so the tests run in several processes. Writes into OUT: summary.json (GPU, driver, versions,
+library, commit, counts, failures), log.txt. Exit code 0 if every test passed, 1 otherwise.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ LIMIT = 440  # seconds; the whole command stays under 8 minutes
 # what a GPU can change; the rest (packaging, docs, ahead-of-time code) is the same everywhere
 TESTS = [
     "test_triton.py",
+    "test_cuda.py",
     "test_gpu.py",
     "test_golden.py",
     "test_packing.py",
@@ -39,6 +41,21 @@ TESTS = [
     "test_sdpa.py",
     "test_masks.py",
 ]
+
+
+def build_library() -> str:
+    """Leave the CUDA library beside the Python sources; what it is, or why there is none.
+
+    SystemExit: nvcc is there, and the library does not compile.
+    """
+    command = [sys.executable, "setup.py", "-q", "build_library", "--inplace"]
+    environment = {**os.environ, "TILEMASK_CUDA": os.environ.get("TILEMASK_CUDA") or "auto"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{done.stdout}{done.stderr}\nthe CUDA library was not built")
+    info: dict = {}
+    exec((ROOT / "python" / "tilemask" / "_build_info.py").read_text(), info)
+    return info["REASON"] or f"{', '.join(info['ARCHITECTURES'])}, nvcc {info['NVCC']}"
 
 
 def lay_out(folder: Path) -> None:
@@ -123,6 +140,8 @@ def main() -> int:
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
+    facts["library"] = build_library()
+    print(f"CUDA library: {facts['library']}")
     with tempfile.TemporaryDirectory() as site:
         lay_out(Path(site))
         shards = [

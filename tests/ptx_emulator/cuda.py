@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
 from pathlib import Path
 
 from nvcc import find_nvcc
@@ -28,7 +30,7 @@ def ptx(source: Path, arch: int, *flags: str) -> str:
 
 def posed(sources: list[Path], arch: int, *flags: str) -> Path:
     """A shared library of .cu files whose CUDA runtime is the emulator: their kernels are kept as
-    PTX for sm_80 or sm_90a, and run on CPU memory. Load it with ctypes after posing()."""
+    PTX for sm_80 or sm_90a, and run on CPU memory. Load it with loaded()."""
     name = ARCHES[arch]
     nvcc, emulator = find_nvcc(), build.library()
     options = [
@@ -52,6 +54,13 @@ def posed(sources: list[Path], arch: int, *flags: str) -> Path:
         build.call([build.cxx(), "-shared", "-Wl,-z,defs", *objects, emulator, "-o", library])
 
     return build.cached(f"posed-{key}", make) / "libposed.so"
+
+
+def loaded(path: Path) -> ctypes.CDLL:
+    """A library that is linked against the emulator. It calls the emulator also where torch has put
+    the functions of a CUDA runtime among the global symbols."""
+    library()
+    return ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_DEEPBIND)
 
 
 @contextlib.contextmanager

@@ -7,8 +7,11 @@ A backend is a module with a ``NAME`` and four functions:
 * ``backward(call, out, lse, rest, dout, dlse, bias_gradient) -> Gradients``;
 * ``weights(call, reduce)``: the probabilities, or sums of them.
 
-The first backend that answers None runs. An exception in a kernel is never a reason to try the
-next.
+A GPU backend has more, for masks.prepare() and for the ops that stand for it while tracing:
+``prepare(call, backward, steps)``, ``launched()``, ``list_key(call, kernel)``, ``has_rest(call)``.
+
+The first backend that answers None runs, but what both GPU backends can is up to cuda.PREFERRED. An
+exception in a kernel is never a reason to try the next.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..lowering import LoweredMask
-from . import reference, triton
+from . import cuda, reference, triton
 
 
 @dataclass(slots=True)
@@ -56,7 +59,7 @@ class Gradients(NamedTuple):
     sinks: Tensor | None = None
 
 
-BACKENDS = [triton, reference]
+BACKENDS = [cuda, triton, reference]
 
 _forced: str | None = None
 
@@ -89,14 +92,31 @@ def choose(call: Call, name: str | None = None):
             raise RuntimeError(f"backend {name!r} cannot run this call: {reason}")
         return backend
     for backend in BACKENDS:
-        if backend.why_not(call) is None:
+        if backend.why_not(call) is None and not yields(backend, call):
             return backend
     raise AssertionError("the reference runs every call")
 
 
+def yields(backend, call: Call) -> bool:
+    """Whether a backend that can run a call leaves it to the other GPU backend."""
+    return backend is cuda and cuda.preferred(call)[0] != "cuda" and triton.why_not(call) is None
+
+
+def reason_against(backend, chosen, call: Call, forced: str | None = None) -> str:
+    """One sentence: why ``backend`` does not run a call that ``chosen`` runs."""
+    reason = backend.why_not(call)
+    if reason is not None:
+        return reason
+    if forced is not None:
+        return f"{forced} is forced"
+    if {backend.NAME, chosen.NAME} == {"cuda", "triton"}:
+        return f"{chosen.NAME} comes first: {cuda.preferred(call)[1]}"
+    return f"{chosen.NAME} comes first"
+
+
 @contextlib.contextmanager
 def use_backend(name: str):
-    """Force a backend inside a with block, for the whole process: "triton" or "reference".
+    """Force a backend inside a with block, for the whole process: "cuda", "triton", "reference".
 
     A call it cannot run raises RuntimeError with its reason. TILEMASK_BACKEND=name in the
     environment does the same without code.

@@ -11,33 +11,33 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from . import prepared
+from .prepared import (
+    Steps,
+    architecture,
+    asked_once,
+    folded,
+    folds,
+    has_bits,
+    has_rest,
+    is_decoding,
+    is_plain,
+    mask_fields,
+    mask_parts,
+    score_fields,
+    spread,
+    unit_stride,
+)
 
 NAME = "triton"
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST = (3, 6)  # of Triton
-WIDEST = 256
-FEW_ROWS = 16  # one tile of rows: see kernels/split.py
-LONGEST = 1 << 30  # positions are int32 in the kernels
-WIDEST_STRIDE = 1 << 23  # offsets inside a tile are int32 too
-STRIP = 1 << 25  # bits per pair computed at a time, before they are packed
-
-
-def asked_once(function):
-    """Cache answers about the machine, also while torch.compile traces."""
-    cached = functools.cache(function)
-
-    @torch.compiler.assume_constant_result
-    @functools.wraps(function)
-    def ask(*arguments):
-        return cached(*arguments)
-
-    return ask
+WIDEST_STRIDE = 1 << 23  # offsets inside a tile are int32
 
 
 @asked_once
@@ -65,20 +65,7 @@ def unfit(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return f"q is on {device.type}; the Triton kernels need an NVIDIA GPU"
-    reason = unavailable()
-    if reason is None and architecture(device) < 80:
-        major, minor = divmod(architecture(device), 10)
-        reason = f"{device} has compute capability {major}.{minor}; the kernels need 8.0 or newer"
-    return reason
-
-
-@asked_once
-def architecture(device: torch.device) -> int:
-    """Compute capability times ten; 80 for the interpreter."""
-    if device.type != "cuda":
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    return unavailable() or prepared.too_old(device)
 
 
 @asked_once
@@ -94,14 +81,11 @@ def why_not(call) -> str | None:
     reason = unfit(q.device)
     if reason is not None:
         return reason
-    if torch._C._functorch.maybe_current_level() is not None:
-        return "a torch.func transform (vmap, grad, ...) is active, which sees through PyTorch only"
     if q.dtype not in DTYPES:
         return f"the Triton kernels compute float16, bfloat16 and float32, not {q.dtype}"
-    if q.shape[3] > WIDEST or v.shape[3] > WIDEST:
-        return f"head widths go up to {WIDEST}, got D = {q.shape[3]} and Dv = {v.shape[3]}"
-    if max(q.shape[2], k.shape[2]) >= LONGEST:
-        return f"lengths go up to {LONGEST - 1}, got Lq = {q.shape[2]} and Lk = {k.shape[2]}"
+    reason = prepared.too_large(call)
+    if reason is not None:
+        return reason
     if max(q.stride(2), k.stride(2), v.stride(2)) >= WIDEST_STRIDE:
         return f"a row stride of q, k or v is {WIDEST_STRIDE} elements or more"
     if call.bias is not None and max(call.bias.stride()[3:]) >= WIDEST_STRIDE:
@@ -134,98 +118,37 @@ def tile(call) -> tuple[int, int]:
     return config(call, "forward")[:2]
 
 
-# -- what the kernels read of a mask --------------------------------------------------------------
-
-
-class Steps(NamedTuple):
-    """The functions of tilemask.kernels.pack, or the ops that stand for them while tracing."""
-
-    pack: Callable
-    transpose: Callable
-    live: Callable
-    lower: Callable
-    traced: bool = False
+# -- what the kernels read ------------------------------------------------------------------------
 
 
 @functools.cache
 def launched() -> Steps:
+    """What makes words and lists, by kernels that are launched at once."""
     from ..kernels import pack
 
-    return Steps(pack.pack_bits, pack.transpose_words, pack.live_rows, pack.build_lists)
+    return Steps(pack.pack_bits, pack.transpose_words, live_rows, build_lists)
 
 
-def sizes_of(call) -> list[int]:
-    return [call.q.shape[0], call.q.shape[1], call.mask.len_q, call.mask.len_k]
+def live_rows(parts, bounds, sizes) -> Tensor:
+    from ..kernels import pack
+    from ..kernels.masks import MaskArgs
+
+    batch, heads, len_q, len_k = sizes
+    mask = MaskArgs(**mask_fields(parts, batch))
+    return pack.live_rows(mask, bounds, spread(parts, batch, heads), len_q, len_k)
 
 
-def words_of(mask, steps: Steps) -> Tensor | None:
-    """Packed bits per pair; None if the mask has none."""
-    if mask.bits is None:
-        return mask.prepared.get("words")
-    return mask.prepared.make("words", lambda: packed(mask.bits, mask.len_q, steps))
+def build_lists(parts, bounds, sizes, block_m: int, block_n: int, transposed: bool):
+    from ..kernels import pack
+    from ..kernels.masks import MaskArgs
 
-
-def packed(bits, len_q: int, steps: Steps) -> Tensor:
-    """The words of PairBits. Computed bits are packed strip by strip: never all there at once."""
-    batch, heads, rows, len_k = bits.shape
-    if bits.view is not None or steps.traced:
-        return steps.pack(bits.tensor(len_q))
-    strip = max(64, STRIP // max(1, batch * heads * len_k) // 64 * 64)
-    if strip >= rows:
-        return steps.pack(bits.rows(0, len_q)[:, None])
-    words = None
-    for first in range(0, rows, strip):
-        part = bits.rows(first, strip)[:, None]
-        if words is None:
-            shape = (batch, 1, heads, -(-len_k // 128), rows, 4)
-            words = torch.empty(shape, dtype=torch.int32, device=part.device)
-        steps.pack(part, words, first)
-    return words
-
-
-def keys_of(mask, steps: Steps) -> Tensor | None:
-    """Packed key bits; None if the mask has none."""
-    if mask.key_bits is None:
-        return mask.prepared.get("keys")
-    return mask.prepared.make("keys", lambda: steps.pack(mask.key_bits[:, None]))
-
-
-def mask_parts(call, steps: Steps, transposed: bool = False) -> list[Tensor | None]:
-    """The tensors that kernels.masks.mask_args takes, made where they are not kept."""
-    mask = call.mask
-    words, keys = words_of(mask, steps), keys_of(mask, steps)
-    parts = [mask.batch_bounds, mask.lo, mask.hi, None, words, keys]
-    if words is not None or keys is not None:
-        made = list(parts)
-        parts[3] = mask.prepared.make(
-            "live", lambda: steps.live(made, list(mask.bounds), sizes_of(call))
-        )
-    if transposed and words is not None:
-        parts[4] = mask.prepared.make(
-            "transposed", lambda: steps.transpose(words, mask.len_q, mask.len_k)
-        )
-    return parts
-
-
-def has_bits(mask) -> bool:
-    """Whether a mask has words or key words, or will have."""
-    return mask.bits is not None or mask.key_bits is not None or "live" in mask.prepared
-
-
-def lists_for(call, kernel: str, steps: Steps) -> tuple[Tensor, Tensor] | None:
-    """Tile lists that ``kernel`` walks: None for affine masks."""
-    mask = call.mask
-    if mask.lo is None and not has_bits(mask):
-        return None
-    key = list_key(call, kernel)
-    parts = mask_parts(call, steps)
-    return mask.prepared.make(
-        key, lambda: steps.lower(parts, list(mask.bounds), sizes_of(call), *key)
-    )
+    batch, heads, len_q, len_k = sizes
+    mask, planes = MaskArgs(**mask_fields(parts, batch)), spread(parts, batch, heads)
+    return pack.build_lists(mask, bounds, planes, len_q, len_k, block_m, block_n, transposed)
 
 
 def list_key(call, kernel: str) -> tuple[int, int, bool]:
-    """What tile lists are kept under: the tile shape, and whether they are transposed."""
+    """What the tile lists of a kernel are kept under: see prepared.lists_for."""
     tile = config(call, kernel)
     return tile.block_m, tile.block_n, kernel == "dkv"
 
@@ -235,44 +158,31 @@ def prepare(call, backward: bool, steps: Steps | None = None) -> None:
     if steps is None:  # for masks.prepare()
         with on_device(call.q):
             return prepare(call, backward, launched())
-    for kernel in ("forward", "dq", "dkv") if backward else ("forward",):
-        lists_for(call, kernel, steps)
-    mask_parts(call, steps, transposed=backward)
+    kernels = ("forward", "dq", "dkv") if backward else ("forward",)
+    prepared.prepare(call, [list_key(call, kernel) for kernel in kernels], backward, steps)
 
 
 def mask_of(call, transposed: bool = False):
     """MaskArgs of a call."""
-    from ..kernels.masks import mask_args
+    from ..kernels.masks import MaskArgs
 
-    return mask_args(mask_parts(call, launched(), transposed), call.q.shape[0], transposed)
+    parts = mask_parts(call, launched(), transposed)
+    return MaskArgs(**mask_fields(parts, call.q.shape[0], transposed))
+
+
+def lists_of(call, kernel: str):
+    """ListArgs of a call."""
+    from ..kernels.masks import ListArgs
+
+    lists = prepared.lists_for(call, list_key(call, kernel), launched())
+    return ListArgs() if lists is None else ListArgs(*lists, *prepared.head_steps(lists[0]))
 
 
 def score_of(call):
     """ScoreArgs of a call."""
-    from ..kernels.scores import ScoreArgs, score_args
+    from ..kernels.scores import ScoreArgs
 
-    if is_plain(call):
-        return ScoreArgs()
-    return score_args(
-        call.softcap,
-        call.bias,
-        call.alibi_slopes,
-        call.sinks,
-        call.dropout_p,
-        call.dropout_seed,
-        call.q.shape[0],
-    )
-
-
-def is_plain(call) -> bool:
-    tensors = (call.bias, call.alibi_slopes, call.sinks)
-    return not (call.softcap or call.dropout_p or any(t is not None for t in tensors))
-
-
-def unit_stride(tensor: Tensor) -> Tensor:
-    """The tensor as it is in memory, with last stride 1; copied only if it is not already so."""
-    tensor = tensor.resolve_neg()
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return ScoreArgs(**score_fields(call))
 
 
 def forward(call, visits: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -310,7 +220,7 @@ def forward(call, visits: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor 
             rest_rows,
             call.mask.bounds,
             mask_of(call),
-            lists_for(call, "forward", launched()),
+            lists_of(call, "forward"),
             score_of(call),
             call.scale,
             precision(q.dtype),
@@ -319,30 +229,6 @@ def forward(call, visits: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor 
             **options,
         )
     return out, lse, rest
-
-
-def is_decoding(call) -> bool:
-    """Whether rows are so few that their keys are split over programs."""
-    return call.q.shape[2] <= FEW_ROWS
-
-
-def folds(call) -> bool:
-    """Whether query heads that share a key head become rows of one tile: where each has one row,
-    and nothing but q tells them apart. K and V are then read once for all of them."""
-    mask = call.mask
-    alike = call.bias is None and call.alibi_slopes is None and call.sinks is None
-    alike = alike and not call.dropout_p and mask.lo is None and not has_bits(mask)
-    return bool(alike and call.q.shape[2] == 1 and call.q.shape[1] > call.k.shape[1])
-
-
-def folded(tensor: Tensor | None, kv_heads: int) -> Tensor | None:
-    """[B, Hq, 1, ...] as a view [B, Hkv, Hq / Hkv, ...]."""
-    return None if tensor is None else tensor.unflatten(1, (kv_heads, -1)).squeeze(3)
-
-
-def has_rest(call) -> bool:
-    """Whether lse alone is too coarse, or (with sinks) does not tell rows that see nothing."""
-    return call.bias is not None or call.sinks is not None or call.q.dtype == torch.float32
 
 
 def backward(
@@ -381,7 +267,7 @@ def backward(
             delta,
             bounds,
             mask_of(call),
-            lists_for(call, "dq", launched()),
+            lists_of(call, "dq"),
             options,
             call.scale,
             precision(q.dtype),
@@ -401,7 +287,7 @@ def backward(
             delta,
             bounds,
             mask_of(call, transposed=True),
-            lists_for(call, "dkv", launched()),
+            lists_of(call, "dkv"),
             options,
             call.scale,
             precision(q.dtype),
@@ -409,34 +295,13 @@ def backward(
             INTERPRETED,
             visits_dkv,
         )
-        dbias = dsinks = None
-        if call.bias is not None and bias_gradient:
-            dbias = pair_sums(call, lse, rest, call.bias.shape, call.bias.dtype, dout, delta)
-        if call.sinks is not None:
-            dsinks = sink_gradient(call.sinks, lse, delta)
-    return Gradients(dq, dk, dv, dbias, dsinks)
-
-
-def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    """d loss / d sinks [Hq]: the sink is a key whose value is 0, so its ds is -p * delta."""
-    p = torch.exp(sinks.float()[:, None] - lse).masked_fill(lse == float("-inf"), 0)
-    return -(p * delta).sum((0, 2)).to(sinks.dtype)
+    more = prepared.option_gradients(call, lse, rest, dout, delta, bias_gradient, pair_sums)
+    return Gradients(dq, dk, dv, *more)
 
 
 def weights(call, reduce: str | None) -> Tensor:
     """Probabilities, or their sums: see attention_weights()."""
-    from . import replaced
-
-    batch, heads, len_q, _ = call.q.shape
-    _, lse, rest = forward(replaced(call, dropout_p=0.0))
-    rows = 1 if reduce == "sum_queries" else len_q
-    shape = (batch, 1, 1 if reduce == "mean_heads" else heads, rows, call.k.shape[2])
-    factor = 1 / max(1, heads) if reduce == "mean_heads" else 1.0
-    with on_device(call.q):
-        sums = pair_sums(call, lse, rest, shape, call.q.dtype, weight=factor)[:, 0]
-    if reduce is None:
-        return sums
-    return sums.squeeze(1 if reduce == "mean_heads" else 2)
+    return prepared.weights(call, reduce, forward, pair_sums)
 
 
 def pair_sums(
@@ -452,25 +317,26 @@ def pair_sums(
     """Launch kernels.sums.pair_sums on a call: of p, or with dout and delta of ds."""
     from ..kernels.sums import pair_sums as launch
 
-    return launch(
-        unit_stride(call.q),
-        unit_stride(call.k),
-        None if dout is None else unit_stride(call.v),
-        None if dout is None else unit_stride(dout),
-        lse,
-        rest,
-        delta,
-        tuple(shape),
-        dtype,
-        call.mask.bounds,
-        mask_of(call),
-        score_of(call),
-        call.scale,
-        weight,
-        precision(call.q.dtype),
-        config(call, "sums"),
-        INTERPRETED,
-    )
+    with on_device(call.q):
+        return launch(
+            unit_stride(call.q),
+            unit_stride(call.k),
+            None if dout is None else unit_stride(call.v),
+            None if dout is None else unit_stride(dout),
+            lse,
+            rest,
+            delta,
+            tuple(shape),
+            dtype,
+            call.mask.bounds,
+            mask_of(call),
+            score_of(call),
+            call.scale,
+            weight,
+            precision(call.q.dtype),
+            config(call, "sums"),
+            INTERPRETED,
+        )
 
 
 def on_device(tensor: Tensor):

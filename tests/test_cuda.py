@@ -1,0 +1,506 @@
+"""The CUDA library, on a GPU or in the PTX emulator: the common cases, forward and backward, with
+every race, missing wait and stray access an error; its structs, and who chooses it."""
+
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import cases
+import numpy as np
+import pytest
+import test_triton
+import test_weights
+import torch
+import ways
+from ptx_emulator import Config, EmulatorError
+
+import tilemask
+from tilemask import autograd, backends, library, masks
+from tilemask.attention import checked
+from tilemask.backends import cuda, prepared, triton
+
+ROOT = Path(__file__).resolve().parents[1]
+GPU = torch.cuda.is_available()
+MODES = ("random", "late", "early")
+
+
+def way_of(config=None):
+    """The library on this machine's GPU, or in the emulator under a schedule."""
+    return ways.Gpu("cuda") if GPU else ways.EmulatedLibrary(config)
+
+
+@pytest.fixture
+def way():
+    return way_of()
+
+
+needs_library = pytest.mark.skipif(
+    GPU and library.unavailable() is not None, reason=f"on a GPU: {library.unavailable()}"
+)
+emulated = pytest.mark.skipif(GPU, reason="the GPU runs the kernels themselves")
+
+
+# -- the structs ----------------------------------------------------------------------------------
+
+LAYOUTS = [cuda.FORWARD, cuda.BACKWARD, cuda.SUMS, cuda.PACK, cuda.TRANSPOSE, cuda.LOWER]
+NUMBERS = {
+    "TILEMASK_ABI": library.ABI,
+    "TILEMASK_NO_KERNEL": library.NO_KERNEL,
+    "TILEMASK_FLOAT16": cuda.DTYPES[torch.float16],
+    "TILEMASK_BFLOAT16": cuda.DTYPES[torch.bfloat16],
+    "TILEMASK_FLOAT32": cuda.DTYPES[torch.float32],
+    "TILEMASK_FORWARD": cuda.KERNELS["forward"],
+    "TILEMASK_DECODE": cuda.KERNELS["decode"],
+    "TILEMASK_DQ": cuda.KERNELS["dq"],
+    "TILEMASK_DKV": cuda.KERNELS["dkv"],
+}
+KIND = """
+#define KIND(x) _Generic((x), uint32_t: 'I', int32_t: 'i', int64_t: 'q', float: 'f', default: 'P')
+#define SHOW(T, field, first) printf("%zu %zu %c\\n", offsetof(T, field), \\
+    sizeof(((T*)0)->field), KIND(((T*)0)->first))
+"""
+
+
+@pytest.fixture(scope="module")
+def header(tmp_path_factory):
+    """What a C compiler makes of csrc/tilemask.h: offset, size and type of each field that
+    backends/cuda.py names, by struct, with the size of the struct last; and NUMBERS."""
+    lines = ["#include <stddef.h>", "#include <stdint.h>", "#include <stdio.h>"]
+    lines += ['#include "tilemask.h"', KIND, "int main(void) {"]
+    for layout in LAYOUTS:
+        for field, kind in layout.fields.items():
+            first = f"{field}[0]" if len(kind) > 1 else field
+            lines.append(f"  SHOW({layout.name}, {field}, {first});")
+        lines.append(f'  printf("%zu\\n", sizeof({layout.name}));')
+    lines += [f'  printf("%d\\n", (int){name});' for name in NUMBERS]
+    folder = tmp_path_factory.mktemp("header")
+    (folder / "header.c").write_text("\n".join([*lines, "}"]))
+    compiler = os.environ.get("CC") or "gcc"
+    command = [compiler, "-I", ROOT / "csrc", folder / "header.c", "-o", folder / "header"]
+    subprocess.run(command, check=True)
+    told = iter(subprocess.check_output([folder / "header"], text=True).splitlines())
+    structs = {
+        layout.name: [next(told).split() for _ in range(len(layout.fields) + 1)]
+        for layout in LAYOUTS
+    }
+    return structs, [int(line) for line in told]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_fields_lie_where_the_header_has_them(header, layout):
+    *fields, (size,) = header[0][layout.name]
+    formats, end = list(layout.fields.values()), 0
+    for i, (name, (offset, extent, kind)) in enumerate(zip(layout.fields, fields, strict=True)):
+        own = struct.calcsize(f"@{formats[i]}")
+        before = struct.calcsize("@" + "".join(formats[: i + 1])) - own
+        assert (before, own, formats[i][-1]) == (int(offset), int(extent), kind), name
+        assert before == end, f"the header has something before {name} that is not named"
+        end = before + own
+    assert layout.size == end == int(size)
+
+
+def test_numbers_are_those_of_the_header(header):
+    assert dict(zip(NUMBERS, header[1], strict=True)) == NUMBERS
+
+
+# -- the common cases -----------------------------------------------------------------------------
+
+
+def parameters() -> list:
+    """(case, dtype, schedule). Per commit each case in one of the two dtypes, under a schedule of
+    its own; the other dtype is slow."""
+    made = []
+    for index, case in enumerate(cases.CASES):
+        names = [n for n in ("bfloat16", "float16") if getattr(torch, n) in case.dtypes]
+        for name in names:
+            marks = () if GPU or name == names[index % len(names)] else pytest.mark.slow
+            config = Config(seed=index, asynchronous=MODES[index % 3])
+            made.append(pytest.param(case, name, config, id=f"{case}-{name}", marks=marks))
+    return made
+
+
+def run(way, case, name: str) -> dict:
+    results = way.call(ways.run_case, case.name, name, way.default_tile, way.device, way.backend)
+    return {key: torch.from_numpy(value) for key, value in results.items()}
+
+
+@needs_library
+@pytest.mark.parametrize("case, name, config", parameters())
+def test_case(case, name, config):
+    cases.check(case, getattr(torch, name), run(way_of(config), case, name))
+
+
+@needs_library
+@pytest.mark.parametrize("reduce", test_weights.REDUCE)
+@pytest.mark.parametrize("name", test_weights.NAMES[::2])
+def test_weights_of_a_case(way, name, reduce):
+    kinds = [d for d in (torch.bfloat16, torch.float16) if d in cases.named(name).dtypes]
+    kind = kinds[test_weights.REDUCE.index(reduce) % len(kinds)]
+    dtype = str(kind).removeprefix("torch.")
+    got = way.call(ways.run_weights, name, dtype, reduce, None, way.device, way.backend)
+    test_weights.check(name, kind, reduce, torch.from_numpy(got).to(kind))
+
+
+@needs_library
+@pytest.mark.parametrize("case", test_triton.MASKED[::3], ids=lambda case: case.name)
+def test_visited_tiles(way, case):
+    """Forward, dQ and dK/dV visit exactly the tiles the mask leaves, once, in their class."""
+    visited = way.call(ways.visits, case.name, "bfloat16", None, way.device, way.backend)
+    for kernel, (shape, counts) in visited.items():
+        expected = test_triton.expected_classes(case.seen(), *shape)
+        np.testing.assert_array_equal(counts, expected, err_msg=kernel)
+
+
+@needs_library
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("tile", [(16, 128), (64, 32), (128, 64)])
+@pytest.mark.parametrize("case", test_triton.LISTED, ids=lambda case: case.name)
+def test_lists_name_the_tiles(way, case, tile, transposed):
+    test_triton.check_lists(way, case, tile, transposed)
+
+
+@needs_library
+@pytest.mark.skipif(not GPU, reason="tests/test_packing.py compares both with the definition")
+@pytest.mark.parametrize("name", ["dense_BHQK", "keep_causal", "dense_causal_padding"])
+def test_both_gpu_backends_pack_the_same_bits(name):
+    made, wanted = (ways.packed(name, "cuda", backend) for backend in ("cuda", "triton"))
+    for key, value in wanted.items():
+        np.testing.assert_array_equal(made[key], value, err_msg=key)
+
+
+# -- decoding -------------------------------------------------------------------------------------
+
+
+def launched() -> list[str]:
+    """The kernels that the emulator has run since it stood in."""
+    from ptx_emulator import cuda as posed
+
+    return [kernel for kernel, _ in posed.launches()]
+
+
+LONG = [case.name for case in cases.CASES if case.name.startswith("decode_long")]
+
+
+@emulated
+@pytest.mark.parametrize("name", [*LONG, "decode_everything", "decode_causal_17", "large_window"])
+def test_few_rows_are_split(name):
+    """Over blocks, and merged by a kernel of its own; more rows, or few tiles, are not."""
+    case = cases.named(name)
+    given = cases.inputs(case, torch.float16)
+    with ways.EmulatedLibrary().running(), torch.no_grad():
+        options = cases.options(case, given, "cpu")
+        tilemask.attention(given["q"], given["k"], given["v"], backend="cuda", **options)
+        kernels = launched()
+    assert sum("forward_kernel" in kernel for kernel in kernels) == 1
+    assert sum("merge_kernel" in kernel for kernel in kernels) == (name in LONG)
+
+
+# -- schedules, and what the emulator finds -------------------------------------------------------
+
+SCHEDULES = [Config(seed=s, asynchronous=m) for s in (0, 1, 2) for m in MODES]
+
+
+@emulated
+@pytest.mark.parametrize(
+    "name", ["causal_97", "pair_dense_bias", "pair_bias_dropout", "decode_long_keys"]
+)
+def test_schedules(name):
+    """The results do not depend on the order of threads, nor on when copies land."""
+    case = cases.named(name)
+    first = run(way_of(SCHEDULES[0]), case, "bfloat16")
+    cases.check(case, torch.bfloat16, first)
+    for config in SCHEDULES[1:]:
+        again = run(way_of(config), case, "bfloat16")
+        assert all(torch.equal(again[key], first[key]) for key in first), config
+
+
+@emulated
+@pytest.mark.parametrize(
+    "name", ["causal_97", "decode_everything", "decode_long_bits", "pair_varlen_gqa"]
+)
+def test_interleaved_blocks(name):
+    """Blocks of a kernel share nothing that they write."""
+    case = cases.named(name)
+    config = Config(seed=3, asynchronous="random", resident_blocks=6)
+    cases.check(case, torch.float16, run(way_of(config), case, "float16"))
+
+
+@emulated
+@pytest.mark.parametrize("missing", ["out", "lse", "k"])
+def test_memory_that_was_not_given_is_out_of_bounds(missing, monkeypatch):
+    """A launch may touch what its struct points to, and nothing else."""
+    given = []
+    q, k, v = (torch.randn(1, 1, 40, 16, dtype=torch.float16) for _ in range(3))
+    with ways.EmulatedLibrary().running():
+        recorded, real = cuda.pointer, torch.Tensor.data_ptr
+        index = {"k": 1, "out": 3, "lse": 4}[missing]
+
+        def pointer(tensor):
+            given.append(tensor)
+            return real(tensor) if len(given) == index + 1 else recorded(tensor)
+
+        monkeypatch.setattr(cuda, "pointer", pointer)
+        with pytest.raises(
+            EmulatorError, match=r"(?s)tilemask_forward\(q \(1, 1, 40, 16\).*global"
+        ):
+            tilemask.attention(q, k, v, backend="cuda")
+
+
+# -- the ops --------------------------------------------------------------------------------------
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["large_window", "large_varlen"])
+def test_compiled_equals_eager(way, name):
+    """torch.compile(fullgraph=True) runs the same kernels through the ops, lists included."""
+    arguments = name, "bfloat16", None, way.device, way.backend
+    eager, compiled, ops = way.call(ways.traced, *arguments)
+    for key, value in eager.items():
+        np.testing.assert_array_equal(compiled[key], value, err_msg=key)
+    assert any("tilemask.forward" in op for op in ops)
+    assert any("tilemask.lower" in op for op in ops) == (name == "large_varlen")
+
+
+@needs_library
+def test_ops_pass_opcheck(way):
+    way.call(ways.opcheck_all, way.device, None, "float16", way.backend)
+
+
+@needs_library
+def test_backward_runs_where_forward_ran(way):
+    """Also where another backend is forced in between: rest is of the backend that made it."""
+    case = cases.named("sinks")
+    given = cases.inputs(case, torch.float16, way.device)
+
+    def gradients(between):
+        with way.running() if hasattr(way, "running") else tilemask.use_backend("cuda"):
+            options = cases.options(case, given, way.device)
+            q, k, v = given["q"], given["k"], given["v"]
+            out = tilemask.attention(q, k, v, **options, backend="cuda")
+            with tilemask.use_backend(between):
+                return torch.autograd.grad(out, (q, k, v, given["sinks"]), given["dout"])
+
+    calls, own = [], cuda.backward
+    cuda.backward = lambda *a, **o: calls.append(1) or own(*a, **o)
+    try:
+        for a, b in zip(gradients("reference"), gradients("cuda"), strict=True):
+            assert torch.equal(a, b)
+    finally:
+        cuda.backward = own
+    assert len(calls) == 2
+
+
+# -- without Triton -------------------------------------------------------------------------------
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # import triton raises ImportError
+import cases, torch, ways
+import tilemask
+from tilemask.backends import triton
+triton.unavailable = lambda: "Triton is not installed"
+with ways.EmulatedLibrary().running():
+    for name in ("causal_33", "all_at_once", "pair_varlen_gqa", "decode_keys"):
+        case = cases.named(name)
+        cases.check(case, torch.float16, cases.run(case, torch.float16))
+    given = cases.inputs(cases.named("causal_33"), torch.float16)
+    assert tilemask.explain(given["q"], given["k"], given["v"]).backend == "cuda"
+    prepared = tilemask.masks.prepare(tilemask.masks.dense(torch.rand(33, 33) < 0.5),
+                                      given["q"], given["k"], backward=True)
+    out = torch.compile(tilemask.attention, fullgraph=True, backend="aot_eager")(
+        given["q"], given["k"], given["v"], mask=prepared)
+    torch.autograd.grad(out, given["q"], given["dout"])
+    assert sys.modules["triton"] is None and "tilemask.kernels.pack" not in sys.modules
+print("fine")
+"""
+
+
+@emulated
+def test_nothing_needs_triton():
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TRITON],
+        cwd=ROOT / "tests",
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "fine\n", done.stderr
+
+
+# -- who chooses it -------------------------------------------------------------------------------
+
+
+def call_of(dtype=torch.float16, D=16, Dv=16, Lq=40, **options):
+    q, k = (torch.zeros(1, 2, length, D, dtype=dtype) for length in (Lq, 40))
+    return checked(q, k, torch.zeros(1, 2, 40, Dv, dtype=dtype), **options)
+
+
+@pytest.fixture
+def both(monkeypatch):
+    """A function that pretends that both GPU backends can run on the CPU, as a GPU of some
+    compute capability."""
+
+    from tilemask.kernels import tuning
+
+    def on(arch):
+        for backend in (cuda, triton):
+            monkeypatch.setattr(backend, "unfit", lambda device: None)
+        monkeypatch.setattr(triton, "architecture", lambda device: arch)
+        monkeypatch.setattr(cuda, "row_of", lambda device: tuning.row_of(arch))
+        monkeypatch.setattr(cuda, "tile_of", lambda kernel, width: (64, 64))
+
+    return on
+
+
+@pytest.mark.parametrize(
+    "arch, plain, options, reason",
+    [
+        (80, "cuda", ("triton", "cuda", "cuda"), "instructions per score"),
+        (86, "cuda", ("triton", "triton", "cuda"), "instructions per score"),
+        (89, "cuda", ("triton", "triton", "cuda"), "instructions per score"),
+        (90, "triton", ("triton", "triton", "triton"), "wgmma"),
+        (100, "triton", ("triton", "triton", "triton"), "tcgen05"),
+        (103, "triton", ("triton", "triton", "triton"), "tcgen05"),
+        (120, "cuda", ("triton", "triton", "cuda"), "instructions per score"),
+    ],
+)
+def test_the_table_decides_between_the_two(both, arch, plain, options, reason):
+    both(arch)
+    other = {"cuda": "triton", "triton": "cuda"}
+
+    def check(chosen, why, **given):
+        call = call_of(**given)
+        assert chosen == backends.choose(call).NAME
+        told = tilemask.explain(call.q, call.k, call.v, softcap=call.softcap, sinks=call.sinks)
+        assert chosen == told.backend
+        assert told.reasons[other[chosen]].startswith(f"{chosen} comes first: ")
+        assert why in told.reasons[other[chosen]]
+        assert told.reasons["reference"] == f"{chosen} comes first"
+
+    for width, chosen in zip((64, 128, 256), options, strict=True):
+        check(plain, reason, D=16, Dv=width, sinks=torch.zeros(2))
+        check(chosen, reason, D=width, softcap=1.0)
+        check("cuda", "up to 16 rows", D=width, softcap=1.0, Lq=16)
+    assert cuda.calls_of(call_of(dropout_p=0.1)) == "options"
+    assert cuda.calls_of(call_of(bias=torch.zeros(40, 40))) == "options"
+    assert cuda.calls_of(call_of(alibi_slopes=torch.ones(2))) == "options"
+
+
+def test_the_table_has_a_row_for_every_gpu():
+    from tilemask.kernels import tuning
+
+    rows = {tuning.row_of(arch) for arch in range(80, 130)}
+    calls = ("decode", "plain", "options")
+    assert set(cuda.PREFERRED) == {(kind, row) for kind in calls for row in rows}
+    for names in cuda.PREFERRED.values():
+        assert len(names) == 3 and set(names) <= {"cuda", "triton"}
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_a_forced_backend_runs_whatever_the_table_says(both, name):
+    both(90)
+    call = call_of()
+    assert name == backends.choose(call, name).NAME
+    with tilemask.use_backend(name):
+        assert name == backends.choose(call).NAME
+        reasons = tilemask.explain(call.q, call.k, call.v).reasons
+    other = {"cuda": "triton", "triton": "cuda"}[name]
+    assert reasons[other] == f"{name} is forced"
+
+
+def test_without_triton_it_runs_everything_it_can(both, monkeypatch):
+    both(90)
+    monkeypatch.setattr(triton, "unfit", lambda device: "Triton is not installed")
+    assert backends.choose(call_of()).NAME == "cuda"
+    assert backends.choose(call_of(torch.float32)).NAME == "reference"
+
+
+def test_what_it_leaves_to_others(both):
+    both(80)
+    assert cuda.why_not(call_of()) is None
+    assert cuda.why_not(call_of(torch.bfloat16, D=256, Dv=1, softcap=3.0)) is None
+    told = "the CUDA kernels compute float16 and bfloat16, not torch.float32"
+    assert cuda.why_not(call_of(torch.float32)) == told
+    assert backends.choose(call_of(torch.float32)).NAME == "triton"
+    assert cuda.why_not(call_of(Dv=257)) == "head widths go up to 256, got D = 16 and Dv = 257"
+    huge = torch.zeros(1, 1, 1, 16, dtype=torch.float16).expand(1, 1, 1 << 30, 16)
+    reason = cuda.why_not(backends.replaced(call_of(), k=huge, v=huge))
+    assert reason == "lengths go up to 1073741823, got Lq = 40 and Lk = 1073741824"
+    reasons = []
+    torch.vmap(lambda x: reasons.append(cuda.why_not(call_of())) or x)(torch.zeros(2))
+    assert "torch.func transform" in reasons[0]
+
+
+@pytest.mark.skipif(GPU, reason="pretends that there is no GPU")
+def test_why_it_is_not_there(monkeypatch):
+    assert cuda.why_not(call_of()) == "q is on cpu; the CUDA kernels need an NVIDIA GPU"
+    monkeypatch.setattr(library, "unavailable", lambda: "no library")
+    assert cuda.unavailable.__wrapped__() == "no library"
+    assert cuda.unfit.__wrapped__(torch.device("cuda", 0)).startswith(cuda.unavailable())
+    message = "backend 'cuda' cannot run this call: q is on cpu; the CUDA kernels need"
+    with pytest.raises(RuntimeError, match=message):
+        backends.choose(call_of(), "cuda")
+
+
+@emulated
+def test_an_error_of_the_library_is_raised(monkeypatch):
+    """With its text and the call; nothing else answers for it."""
+    with ways.EmulatedLibrary().running():
+        monkeypatch.setattr(library, "ABI", library.ABI + 1)
+        message = r"tilemask_forward\(q \(1, 2, 40, 16\) torch.float16, .*\) failed: the caller's"
+        with pytest.raises(RuntimeError, match=message):
+            backends.cuda.forward(call_of())
+
+
+def test_the_ops_keep_the_name_of_the_backend():
+    """Each op of a traced call runs on the backend that the call was traced for."""
+    steps = {name: autograd.traced_steps(name) for name in ("cuda", "triton")}
+    bits = torch.zeros(1, 1, 1, 4, 4, dtype=torch.bool)
+    for name, step in steps.items():
+        calls, own = [], backends.named(name).launched
+        backends.named(name).launched = lambda calls=calls: prepared.Steps(
+            lambda bits: calls.append("pack") or torch.zeros(1, 1, 1, 1, 4, 4, dtype=torch.int32),
+            None,
+            None,
+            None,
+        )
+        try:
+            step.pack(bits)
+        finally:
+            backends.named(name).launched = own
+        assert calls == ["pack"]
+
+
+@needs_library
+def test_prepared_masks(way):
+    """masks.prepare() makes all that the kernels read; the call makes nothing."""
+
+    def check():
+        case = cases.named("pair_varlen_gqa")
+        given = cases.inputs(case, torch.float16, way.device)
+        q, k, v = given["q"], given["k"], given["v"]
+        with tilemask.use_backend("cuda"):
+            mask = masks.prepare(case.mask(way.device), q, k, v, backward=True)
+            kept = dict(mask.lowered.prepared.kept)
+            out = tilemask.attention(q, k, v, mask=mask)
+            wanted = tilemask.attention(q, k, v, mask=case.mask(way.device))
+            torch.autograd.grad(out, q, given["dout"])
+        assert mask.lowered.prepared.kept == kept and kept
+        assert torch.equal(out, wanted)
+
+    way.call(check)
+
+
+@emulated
+def test_doctor_checks_it(monkeypatch):
+    """In float16, which it has."""
+    from tilemask import doctor
+
+    monkeypatch.setattr(doctor, "devices", lambda backend: ["cpu"])
+    assert doctor.state(cuda) == (False, f"does not run: {cuda.unavailable()}")
+    with ways.EmulatedLibrary().running():
+        good, told = doctor.state(cuda)
+        assert good and told.startswith("runs; checked on cpu (largest difference from torch ")
+        monkeypatch.setattr(cuda, "unfit", lambda device: "no kernel for it")
+        assert doctor.state(cuda) == (False, "does not run: no kernel for it")
