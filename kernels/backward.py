@@ -164,8 +164,8 @@ def dq_kernel(
     q_tile = load_tile(head_of(q, b, h), first_row, alive, BLOCK_M, D, BLOCK_D)
     do_tile = load_tile(head_of(do, b, h), first_row, alive, BLOCK_M, DV, BLOCK_DV)
     out_tile = load_tile(head_of(out, b, h), first_row, alive, BLOCK_M, DV, BLOCK_DV)
-    # not a plain product: contracted with the first addition of the sum it would round differently in
-    # lanes that stand for the same row
+    # not a plain product: contracted with the first addition of the sum it would round differently
+    # in lanes that stand for the same row
     products = tl.fma(out_tile.to(tl.float32), do_tile.to(tl.float32), 0.0)  # [M, BLOCK_DV]
     row_delta = tl.sum(products, 1)  # [M]
     if dlse is not None:

@@ -10,20 +10,14 @@ import torch
 import ways
 from ways import WAYS
 
-INTERVALS = {case.name for case in cases.interval_cases()}
-
 
 def parameters() -> list:
-    """(case, dtype). The first list in float32 and bfloat16, and a third of it in float16, which
-    differs from bfloat16 in casts alone; of the others each case in one of the three. The rest is
-    slow, but on a GPU.
-    """
+    """(case, dtype): each case in one of the three dtypes; the rest is slow, but on a GPU. (What is
+    compiled of the kernels runs in test_emulator_triton.py.)"""
     made = []
     for index, case in enumerate(cases.CASES):
         names = [n for n in ("float32", "bfloat16", "float16") if getattr(torch, n) in case.dtypes]
         often = names if torch.cuda.is_available() else [names[index % len(names)]]
-        if case.name in INTERVALS:
-            often = names if index % 3 == 0 else names[:2]
         for name in names:
             marks = () if name in often else pytest.mark.slow
             made.append(pytest.param(case, name, id=f"{case.name}-{name}", marks=marks))
