@@ -15,6 +15,7 @@ import test_weights
 import torch
 import ways
 from ptx_emulator import Config, EmulatorError
+from ptx_emulator import cuda as posed
 
 import tilemask
 from tilemask import autograd, backends, library, masks
@@ -225,6 +226,24 @@ def test_interleaved_blocks(name):
     case = cases.named(name)
     config = Config(seed=3, asynchronous="random", resident_blocks=6)
     cases.check(case, torch.float16, run(way_of(config), case, "float16"))
+
+
+@emulated
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_fragments_load_without_bank_conflicts(width):
+    """Each ldmatrix loads four matrices of 128 bytes: four accesses of shared memory, no more."""
+    q = torch.randn(1, 1, 65, width, dtype=torch.float16, requires_grad=True)
+    with way_of().running():
+        out = tilemask.attention(q, q, q, mask=masks.causal(), backend="cuda")
+        torch.autograd.grad(out, q, torch.ones_like(out))
+        tilemask.attention(q[:, :, :1].detach(), q.detach(), q.detach(), backend="cuda")
+        launches = posed.launches()
+    loads = {}
+    for kernel, counts in launches:
+        if counts["ldmatrix"]:
+            assert counts["ldmatrix_wavefronts"] == 4 * counts["ldmatrix"], kernel
+            loads[kernel] = counts["ldmatrix"]
+    assert len(loads) == 4  # forward, decoding, dQ, dK and dV
 
 
 @emulated
