@@ -260,10 +260,11 @@ def test_memory_that_was_not_given_is_out_of_bounds(missing, monkeypatch):
             given.append(tensor)
             return real(tensor) if len(given) == index + 1 else recorded(tensor)
 
-        monkeypatch.setattr(cuda, "pointer", pointer)
-        with pytest.raises(
+        found = pytest.raises(
             EmulatorError, match=r"(?s)tilemask_forward\(q \(1, 1, 40, 16\).*global"
-        ):
+        )
+        with monkeypatch.context() as inside, found:
+            inside.setattr(cuda, "pointer", pointer)
             tilemask.attention(q, k, v, backend="cuda")
 
 
@@ -521,5 +522,7 @@ def test_doctor_checks_it(monkeypatch):
     with ways.EmulatedLibrary().running():
         good, told = doctor.state(cuda)
         assert good and told.startswith("runs; checked on cpu (largest difference from torch ")
-        monkeypatch.setattr(cuda, "unfit", lambda device: "no kernel for it")
-        assert doctor.state(cuda) == (False, "does not run: no kernel for it")
+        with monkeypatch.context() as inside:
+            inside.setattr(cuda, "unfit", lambda device: "no kernel for it")
+            assert doctor.state(cuda) == (False, "does not run: no kernel for it")
+    assert cuda.unfit(torch.device("cpu")) is not None
