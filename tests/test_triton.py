@@ -12,12 +12,14 @@ from ways import WAYS
 
 
 def parameters() -> list:
-    """(case, dtype): each case in one of the three dtypes; the rest is slow, but on a GPU. (What is
-    compiled of the kernels runs in test_emulator_triton.py.)"""
+    """(case, dtype): each case but the pairs of options in one of the three dtypes; the rest is slow,
+    but on a GPU. (What is compiled of the kernels runs in test_emulator_triton.py, pairs too.)"""
     made = []
     for index, case in enumerate(cases.CASES):
         names = [n for n in ("float32", "bfloat16", "float16") if getattr(torch, n) in case.dtypes]
         often = names if torch.cuda.is_available() else [names[index % len(names)]]
+        if case.name.startswith("pair_") and not torch.cuda.is_available():
+            often = []
         for name in names:
             marks = () if name in often else pytest.mark.slow
             made.append(pytest.param(case, name, id=f"{case.name}-{name}", marks=marks))
