@@ -12,8 +12,9 @@ from ways import WAYS
 
 
 def parameters() -> list:
-    """(case, dtype): each case but the pairs of options in one of the three dtypes; the rest is slow,
-    but on a GPU. (What is compiled of the kernels runs in test_emulator_triton.py, pairs too.)"""
+    """(case, dtype): each case but the pairs of options in one of the three dtypes; the rest is
+    slow, but on a GPU. (What is compiled runs in test_emulator_triton.py, pairs too.)
+    """
     made = []
     for index, case in enumerate(cases.CASES):
         names = [n for n in ("float32", "bfloat16", "float16") if getattr(torch, n) in case.dtypes]
