@@ -453,9 +453,7 @@ def tile(call) -> tuple[int, int]:
 
 def prepare(call, backward: bool, steps: Steps | None = None) -> None:
     """Make and keep all that the kernels read of the call's mask."""
-    kernels = ("forward", "dq", "dkv") if backward else ("forward",)
-    keys = [list_key(call, kernel) for kernel in kernels]
-    prepared.prepare(call, keys, backward, steps or launched())
+    prepared.prepare(call, list_key, backward, steps or launched())
 
 
 def mask_of(call, transposed: bool = False) -> dict:
@@ -472,12 +470,8 @@ def forward(call, visits: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor 
 
     visits: int32 zeros [B * Hq, row blocks, column blocks, 2], counted up by tile and class.
     """
-    from . import empty_like_query
-
     q, k, v = unit_stride(call.q), unit_stride(call.k), unit_stride(call.v)
-    out = empty_like_query(q, v.shape[3])
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    rest = torch.empty_like(lse) if has_rest(call) else None
+    out, lse, rest = prepared.new_results(q, v.shape[3], has_rest(call))
     is_folded = visits is None and folds(call)
     q_rows, out_rows = q, out
     if is_folded:
@@ -522,13 +516,12 @@ def backward(
 ):
     """Gradients of q, k and v, each in the order of its tensor, of sinks, and of the bias if it is
     asked for. Deterministic."""
-    from . import Gradients, empty_like_query
+    from . import Gradients
 
     q, k, v = unit_stride(call.q), unit_stride(call.k), unit_stride(call.v)
     dout = unit_stride(dout)
     dlse = None if dlse is None else dlse.contiguous()
-    dq, dk, dv = (empty_like_query(t, t.shape[3]) for t in (q, k, v))
-    delta = torch.empty_like(lse)
+    dq, dk, dv, delta = prepared.new_gradients(q, k, v, lse)
     mask, transposed, score = mask_of(call), mask_of(call, transposed=True), score_fields(call)
     key, key_transposed = list_key(call, "dq"), list_key(call, "dkv")
     lists = prepared.lists_for(call, key, launched())

@@ -7,7 +7,7 @@ A backend brings ``Steps``, which make that form, and the tile shapes of its ker
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -155,10 +155,10 @@ def lists_for(call, key: tuple[int, int, bool], steps: Steps) -> tuple[Tensor, T
     )
 
 
-def prepare(call, keys: Iterable[tuple[int, int, bool]], backward: bool, steps: Steps) -> None:
-    """Make and keep all that kernels read of the call's mask; keys: of the lists they walk."""
-    for key in keys:
-        lists_for(call, key, steps)
+def prepare(call, list_key: Callable, backward: bool, steps: Steps) -> None:
+    """Make and keep all that kernels read of the call's mask; list_key: the backend's."""
+    for kernel in ("forward", "dq", "dkv") if backward else ("forward",):
+        lists_for(call, list_key(call, kernel), steps)
     mask_parts(call, steps, transposed=backward)
 
 
@@ -286,6 +286,24 @@ def unit_stride(tensor: Tensor) -> Tensor:
 
 
 # -- around the kernels ---------------------------------------------------------------------------
+
+
+def new_results(q: Tensor, width_v: int, with_rest: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a forward writes: out [B, Hq, Lq, Dv] in the memory order of q, lse float32 [B, Hq, Lq],
+    and rest, of lse's kind, or None."""
+    from . import empty_like_query
+
+    out = empty_like_query(q, width_v)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    return out, lse, torch.empty_like(lse) if with_rest else None
+
+
+def new_gradients(q: Tensor, k: Tensor, v: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+    """What a backward writes: dq, dk and dv, each in the memory order of its tensor, and delta
+    float32 [B, Hq, Lq]."""
+    from . import empty_like_query
+
+    return *(empty_like_query(t, t.shape[3]) for t in (q, k, v)), torch.empty_like(lse)
 
 
 def option_gradients(call, lse, rest, dout, delta, bias_gradient: bool, pair_sums: Callable):

@@ -158,8 +158,7 @@ def prepare(call, backward: bool, steps: Steps | None = None) -> None:
     if steps is None:  # for masks.prepare()
         with on_device(call.q):
             return prepare(call, backward, launched())
-    kernels = ("forward", "dq", "dkv") if backward else ("forward",)
-    prepared.prepare(call, [list_key(call, kernel) for kernel in kernels], backward, steps)
+    prepared.prepare(call, list_key, backward, steps)
 
 
 def mask_of(call, transposed: bool = False):
@@ -190,12 +189,9 @@ def forward(call, visits: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor 
     needs beside it: ``rest``, float32 [B, Hq, Lq], in some calls.
     """
     from ..kernels.forward import forward as launch
-    from . import empty_like_query
 
     q, k, v = unit_stride(call.q), unit_stride(call.k), unit_stride(call.v)
-    out = empty_like_query(q, v.shape[3])
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    rest = torch.empty_like(lse) if has_rest(call) else None
+    out, lse, rest = prepared.new_results(q, v.shape[3], has_rest(call))
     tile = config(call, "forward")
     options = {"visits": visits, "folded": visits is None and folds(call)}
     results = [q, out, lse, rest]
@@ -244,13 +240,12 @@ def backward(
     """Gradients of q, k and v, each in the order of its tensor, of sinks, and of the bias if it is
     asked for. Deterministic."""
     from ..kernels.backward import backward_dkv, backward_dq
-    from . import Gradients, empty_like_query
+    from . import Gradients
 
     q, k, v = unit_stride(call.q), unit_stride(call.k), unit_stride(call.v)
     dout = unit_stride(dout)
     dlse = None if dlse is None else dlse.contiguous()
-    dq, dk, dv = (empty_like_query(t, t.shape[3]) for t in (q, k, v))
-    delta = torch.empty_like(lse)
+    dq, dk, dv, delta = prepared.new_gradients(q, k, v, lse)
     bounds, options = call.mask.bounds, score_of(call)
     visits_dq, visits_dkv = visits or (None, None)
     with on_device(q):
