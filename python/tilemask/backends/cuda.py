@@ -41,14 +41,7 @@ KERNELS = {"forward": 0, "decode": 1, "dq": 2, "dkv": 3}
 @asked_once
 def unavailable() -> str | None:
     """Why no call at all can run here; None if some can. Does not start CUDA."""
-    reason = library.unavailable()
-    if reason is not None:
-        return reason
-    if torch.version.cuda is None:
-        return "this torch is built without CUDA"
-    if torch.cuda.device_count() == 0:
-        return "no NVIDIA GPU is visible"
-    return None
+    return library.unavailable() or prepared.no_gpu()
 
 
 @asked_once

@@ -33,6 +33,15 @@ def asked_once(function):
     return ask
 
 
+def no_gpu() -> str | None:
+    """Why no NVIDIA GPU can be used at all; None if one can. Does not start CUDA."""
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    if torch.cuda.device_count() == 0:
+        return "no NVIDIA GPU is visible"
+    return None
+
+
 @asked_once
 def architecture(device: torch.device) -> int:
     """Compute capability times ten; 80 where the CPU stands for a GPU, in tests."""

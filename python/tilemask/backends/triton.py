@@ -49,13 +49,7 @@ def unavailable() -> str | None:
         version = importlib.metadata.version("triton")
         if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
             return f"Triton {version} is older than 3.6 (pip install --upgrade triton)"
-    if INTERPRETED:
-        return None
-    if torch.version.cuda is None:
-        return "this torch is built without CUDA"
-    if torch.cuda.device_count() == 0:
-        return "no NVIDIA GPU is visible"
-    return None
+    return None if INTERPRETED else prepared.no_gpu()
 
 
 @asked_once
