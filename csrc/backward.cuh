@@ -1,8 +1,8 @@
 // What the two kernels of the backward have in common.
 //
 //   p  = exp(scale * q k^T - lse), masked          ds = p * (do v^T - delta)
-//   dv = p^T do      dk = scale * ds^T q      dq = scale * ds k      delta = rowsum(do * out) -
-//   dlse
+//   dv = p^T do      dk = scale * ds^T q      dq = scale * ds k
+//   delta = rowsum(do * out) - dlse
 //
 // FlashAttention-2 (Dao, arXiv:2307.08691) without atomics, so gradients are the same in every run:
 // dq_kernel walks the column blocks of a row block, dkv_kernel the row blocks of a column block.
@@ -22,8 +22,6 @@ struct BackwardCall : TilemaskBackward {
   float scale_log2;  // of products, to scores in log2 units
   float unscale_log2;
 };
-
-constexpr int MOST_SHARED = 99 * 1024;  // of a block, on sm_86, sm_89 and sm_120
 
 // Below it, dividing by the scale could overflow: such calls take the general kernels.
 constexpr float LEAST_SCALE = 1e-30f;

@@ -13,17 +13,20 @@
 // so during all of a step but its first product, and there is one barrier a step. do alone: it
 // arrives during the last product, and there are two.
 //
-// A warp holds 16 keys of dk and dv up to a width of 128. Beyond, two warps share 16 keys: each
-// computes half the rows of p and ds and hands its half to the other, and each holds half the
-// columns of dk and dv.
+// Up to a width of 64 a warp holds 32 keys of dk and dv. Beyond, registers have no room for that:
+// two warps share 32 keys (16 at width 256), each computes half the rows of p and ds and hands
+// that half to the other, and each holds half the columns of dk and dv. So what a warp reads from
+// shared memory serves as many products.
 //
 // Aim, instructions per score in the full loop: four products, and 4 for p and ds (a fused
 // multiply-add, exp2, a multiplication, two halves of conversions):
 //   width 64 (128 keys x 32 rows):  4 mma, 1.5 ldmatrix, 4, 0.4 lse and delta, 0.4 copies = 10.3;
 //     at most 17 with the loop
-//   width 128 (64 x 32):  8 mma, 5 ldmatrix, 4, 0.8 lse and delta, 1 copies = 18.8; at most 34: a
-//     thread has 16 scores a step, over which it spreads 240 instructions that are not per score
-// Partial tiles: at most 22 more, of which the words of columns and the select are half.
+//   width 128 (64 x 32):  8 mma, 4 ldmatrix, 0.5 exchange, 4, 0.8 lse and delta, 1 copies = 18.3;
+//     at most 34: a thread has 16 scores a step, over which it spreads 240 instructions that are
+//     not per score; shared memory is busy for 75 cycles a score, tensor cores for 64
+// Partial tiles: at most 22 more at width 64, of which the words of columns and the select are
+// half; 36 at width 128, where a thread has words for twice as many columns as it has rows.
 #include "backward.cuh"
 #include "mask.cuh"
 #include "ptx/barrier.cuh"
@@ -180,8 +183,7 @@ __global__ void __launch_bounds__(DkvKernel<T, WIDTH, GENERAL>::THREADS, 1)
         tile, head, block * BLOCK_M, [&](int row) { return alive >> (row % BLOCK_M) & 1; });
   };
 
-  // where this lane reads k and q; v and do lie at the same places of the tiles V_AT and DO_AT
-  // after
+  // where this lane reads k and q; v and do lie at the same places of tiles V_AT and DO_AT after
   constexpr int V_AT = Kernel::K_BYTES, DO_AT = 2 * Kernel::Q_BYTES;
   const uint32_t k_lanes = lanes_along_rows<WIDTH>(k_tile, warp_col);
   const uint32_t q_across = lanes_across_rows<WIDTH>(q_tile, warp_row);
@@ -339,8 +341,9 @@ __global__ void __launch_bounds__(DkvKernel<T, WIDTH, GENERAL>::THREADS, 1)
 
   // scale and store; the loops do not mask dead keys, whose k and v were 0
   cp_async_wait_group<0>();
-  __syncthreads();                         // nobody reads k or v or writes to their place any more
-  const int thread = opaque(threadIdx.x);  // anew: registers hold nothing for it during the loops
+  __syncthreads();  // nobody reads k or v or writes to their place any more
+  // anew: registers hold nothing for it during the loops
+  const int thread = opaque(threadIdx.x);
   const int last_col = thread / WARP / ACROSS * 16 * MT;
   const int first_chunk = thread / WARP % ACROSS * Kernel::WIDTH_TILES;
   float factor_k[MT][2], factor_v[MT][2];

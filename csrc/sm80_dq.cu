@@ -13,10 +13,11 @@
 // multiply-add, exp2, a multiplication, half a conversion):
 //   width 64 (128 x 32 tiles):  3 mma, 1.25 ldmatrix, 3.5, 0.5 copies = 8.3; at most 13 with the
 //     loop
-//   width 128 (64 x 64):  6 mma, 3.5 ldmatrix, 3.5, 1 copies = 14; at most 20
+//   width 128 (128 x 32):  6 mma, 2.5 ldmatrix, 3.5, 0.5 copies = 12.5; at most 19
 // Partial tiles: at most 14 more, of which the words of rows and the select are 5.
 #include "backward.cuh"
 #include "mask.cuh"
+#include "rows.cuh"
 #include "scores.cuh"
 #include "softmax.cuh"
 #include "tile/fragments.cuh"
@@ -25,31 +26,23 @@
 
 namespace {
 
-// What all threads of a block share of their rows. In shared memory: registers are for
-// accumulators.
+// The same, and where products of a row start, so that nothing need be subtracted from them.
 template <int BLOCK_M>
-struct RowBlock {
-  Visit visit;
-  int32_t* visits;
-  Head k, v;
-  const uint32_t* words;
-  const uint32_t* keys;
-  Options options;
-  Interval live;  // outside are no live columns
-  int b, h, first_row;
-  Interval rows[BLOCK_M];
+struct DqRows : RowBlock<BLOCK_M> {
+  float minus_delta[BLOCK_M];
+  float minus_rest[BLOCK_M];  // in units of products
 };
 
 template <typename T, int WIDTH, bool GENERAL>
 struct DqKernel {
-  static constexpr TileShape SHAPE = dq_tile(WIDTH);
+  static constexpr TileShape SHAPE = dq_tile(WIDTH, GENERAL);
   static constexpr int BLOCK_M = SHAPE.block_m, BLOCK_N = SHAPE.block_n;
   static constexpr int THREADS = SHAPE.warps * WARP;
   static constexpr int MT = SHAPE.row_tiles, NT = BLOCK_N / 8;
   static constexpr bool NATURAL = GENERAL;
   static constexpr int Q_BYTES = TILE_BYTES<BLOCK_M, WIDTH>;
   static constexpr int K_BYTES = TILE_BYTES<BLOCK_N, WIDTH>;
-  static constexpr int STATE_BYTES = (sizeof(RowBlock<BLOCK_M>) + 1023) / 1024 * 1024;
+  static constexpr int STATE_BYTES = (sizeof(DqRows<BLOCK_M>) + 1023) / 1024 * 1024;
   static constexpr int SHARED = STATE_BYTES + 2 * Q_BYTES + 3 * K_BYTES;
   static_assert(SHAPE.warps * MT * 16 == BLOCK_M, "every row has a warp");
   static_assert(SHARED <= MOST_SHARED, "a block fits on every GPU");
@@ -67,17 +60,16 @@ __global__ void __launch_bounds__(DqKernel<T, WIDTH, GENERAL>::THREADS, 1)
   const int len_q = call.sizes.len_q, len_k = call.sizes.len_k;
 
   // where am I: the last row block first, under a causal mask it is the longest
-  const int row_blocks = cdiv(len_q, BLOCK_M), col_blocks = cdiv(len_k, BLOCK_N);
+  const int row_blocks = cdiv(len_q, BLOCK_M);
   const int bh = blockIdx.x / row_blocks, row_block = row_blocks - 1 - blockIdx.x % row_blocks;
   const int b = bh / call.sizes.heads, h = bh % call.sizes.heads;
-  const int kv_head = h / (call.sizes.heads / call.sizes.kv_heads);
   const int first_row = row_block * BLOCK_M;
   const int lane = lane_id() % 4;
   const int warp_row = threadIdx.x / WARP * 16 * MT;  // of the tile
   const int own_row = warp_row + lane_id() / 4;       // this thread's first row of the tile
 
   extern __shared__ __align__(1024) uint8_t shared[];
-  RowBlock<BLOCK_M>& mine = *reinterpret_cast<RowBlock<BLOCK_M>*>(shared);
+  DqRows<BLOCK_M>& mine = *reinterpret_cast<DqRows<BLOCK_M>*>(shared);
   const uint32_t q_tile = shared_address(shared) + Kernel::STATE_BYTES;
   const uint32_t do_tile = q_tile + Kernel::Q_BYTES, k_tile = do_tile + Kernel::Q_BYTES;
   const uint32_t v_tile = k_tile + 2 * Kernel::K_BYTES;
@@ -90,40 +82,12 @@ __global__ void __launch_bounds__(DqKernel<T, WIDTH, GENERAL>::THREADS, 1)
   load_mine(do_tile, head_of(call.dout, b, h, call.sizes.width_v, call.dout_chunked));
   load_mine(q_tile, head_of(call.out, b, h, call.sizes.width_v, call.out_chunked));
   cp_async_commit_group();
-  {
-    const Bounds bounds = load_bounds(mask, b, len_q, len_k);
-    if (threadIdx.x < BLOCK_M)
-      mine.rows[threadIdx.x] = row_interval(mask, bounds, b, h, first_row + threadIdx.x, len_q);
-    if (threadIdx.x == 0) {
-      mine.visit = columns_to_visit<BLOCK_M, BLOCK_N>(call.lists, bounds, b, h, row_block,
-                                                      row_blocks, col_blocks);
-      mine.visits = visits_of(call.visits_dq, bh, row_block, row_blocks, col_blocks);
-      mine.k = head_of(call.k, b, kv_head, call.sizes.width, call.k_chunked);
-      mine.v = head_of(call.v, b, kv_head, call.sizes.width_v, call.v_chunked);
-      mine.b = b, mine.h = h, mine.first_row = first_row;
-      mine.live = {bounds.start, bounds.end};
-      mine.keys = keys_of(mask, b);
-      mine.words = words_of(mask, b, h);
-      mine.options = options_of<GENERAL>(score, b, h, bh);
-    }
-  }
+  find_rows<BLOCK_N, GENERAL>(mine, call, load_bounds(mask, b, len_q, len_k), bh, row_block,
+                              call.visits_dq);
   __syncthreads();
 
-  // starts a copy of k or v: what padding excludes is never read, 0 * NaN would be NaN
   const auto load = [&](auto masked, uint32_t tile, const Head& head, int block) {
-    const auto copy = [&](auto rolled, auto inside) {
-      load_tile<BLOCK_N, WIDTH, THREADS, GENERAL, rolled.value>(tile, head, block * BLOCK_N,
-                                                                inside);
-    };
-    const Interval live = mine.live;
-    const uint32_t* keys = mine.keys;
-    if (!masked.value)
-      copy(Flag<false>(), [](int) { return true; });
-    else if (keys)
-      copy(Flag<true>(), [&](int col) { return is_live_column(live, keys, col); });
-    else
-      copy(Flag<false>(), [&](int col) { return visible(live, true, col); });
-    cp_async_commit_group();
+    load_columns<BLOCK_N, WIDTH, THREADS, GENERAL, masked.value>(mine, tile, head, block);
   };
   const bool any = mine.visit.partial + mine.visit.full > 0;
   int block = any ? visited_block(mine.visit, 0) : 0;
@@ -139,32 +103,28 @@ __global__ void __launch_bounds__(DqKernel<T, WIDTH, GENERAL>::THREADS, 1)
   // delta, then q in the place of out
   const uint32_t q_lanes = lanes_along_rows<WIDTH>(q_tile, warp_row);
   const uint32_t do_lanes = lanes_along_rows<WIDTH>(do_tile, warp_row);
-  float minus_delta[MT][2];
+  float own_delta[MT][2];
   RowLse lse[MT][2];
-  sum_products<T, WIDTH>(minus_delta, do_lanes, q_lanes);
+  sum_products<T, WIDTH>(own_delta, do_lanes, q_lanes);
 #pragma unroll
   for (int m = 0; m < MT; ++m)
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int local = own_row + 16 * m + 8 * i, row = first_row + local;
       const int64_t head = static_cast<int64_t>(bh) * len_q;
-      float delta = sum_of_row(minus_delta[m][i]);
+      float delta = sum_of_row(own_delta[m][i]);
       if (!is_alive(mine.rows[local])) delta = 0;  // do and out may hold anything
       if (call.dlse && row < len_q) delta -= call.dlse[head + row];
-      if (lane == 0 && row < len_q) call.delta[head + row] = delta;
-      minus_delta[m][i] = -delta;
       lse[m][i] =
           load_lse<NATURAL>(call.lse + head, call.rest ? call.rest + head : nullptr, row, len_q);
+      if (lane > 0) continue;
+      if (row < len_q) call.delta[head + row] = delta;
+      mine.minus_delta[local] = -delta;
+      mine.minus_rest[local] = -lse[m][i].rest * call.unscale_log2;
     }
   __syncthreads();
   load_mine(q_tile, head_of(call.q, b, h, call.sizes.width, call.q_chunked));
   cp_async_commit_group();
-
-  float minus_rest[MT][2];  // in units of products
-#pragma unroll
-  for (int m = 0; m < MT; ++m)
-#pragma unroll
-    for (int i = 0; i < 2; ++i) minus_rest[m][i] = -lse[m][i].rest * call.unscale_log2;
 
   const uint32_t k_across = lanes_across_rows<WIDTH>(k_tile, 0);
   const uint32_t k_along = lanes_along_rows<WIDTH>(k_tile, 0);
@@ -188,7 +148,7 @@ __global__ void __launch_bounds__(DqKernel<T, WIDTH, GENERAL>::THREADS, 1)
     if constexpr (GENERAL)
       clear(ds);
     else
-      fill_rows(ds, minus_delta);
+      fill_rows(ds, mine.minus_delta + own_row);
     multiply_transposed<T, WIDTH>(ds, opaque(do_lanes), opaque(v_lanes));
     __syncthreads();  // nobody reads this v any more
     if (more) load(partial, v_tile, mine.v, block);
@@ -198,7 +158,7 @@ __global__ void __launch_bounds__(DqKernel<T, WIDTH, GENERAL>::THREADS, 1)
         kept<BLOCK_N>(words, score, mine.options, mine.first_row + own_row, first_col, lane);
         masked(ds, 0, words);
       }
-      add_to_rows(ds, score.seed ? score.keep_factor : 1, minus_delta);
+      add_to_rows(ds, score.seed ? score.keep_factor : 1, mine.minus_delta + own_row);
     }
 
     // ds = exp(q @ k.T - lse) * dp, masked
@@ -206,7 +166,7 @@ __global__ void __launch_bounds__(DqKernel<T, WIDTH, GENERAL>::THREADS, 1)
     if constexpr (GENERAL)
       clear(scores);
     else
-      fill_rows(scores, minus_rest);
+      fill_rows(scores, mine.minus_rest + own_row);
     multiply_transposed<T, WIDTH>(scores, opaque(q_lanes), opaque(k_across + stage));
     if constexpr (GENERAL)
       scored(

@@ -17,6 +17,7 @@
 #include "forward.cuh"
 #include "launch.cuh"
 #include "mask.cuh"
+#include "rows.cuh"
 #include "scores.cuh"
 #include "softmax.cuh"
 #include "tile/fragments.cuh"
@@ -24,21 +25,6 @@
 #include "tiles.h"
 
 namespace {
-
-// What all threads of a block share of their rows. In shared memory: registers are for
-// accumulators.
-template <int BLOCK_M>
-struct RowBlock {
-  Visit visit;
-  int32_t* visits;
-  Head k, v;
-  const uint32_t* words;
-  const uint32_t* keys;
-  Options options;
-  Interval live;  // outside are no live columns
-  int b, h, bh, first_row;
-  Interval rows[BLOCK_M];
-};
 
 template <typename T, int WIDTH, bool GENERAL, bool DECODE>
 struct ForwardKernel {
@@ -57,6 +43,7 @@ struct ForwardKernel {
   static constexpr int MERGE_BYTES = DECODE ? merge_bytes(WIDTH, SHAPE.across) : 0;
   static constexpr int SHARED =
       STATE_BYTES + (TILES_BYTES > MERGE_BYTES ? TILES_BYTES : MERGE_BYTES);
+  static_assert(SHARED <= MOST_SHARED, "a block fits on every GPU");
 };
 
 template <typename T, int WIDTH, bool GENERAL, bool DECODE>
@@ -71,10 +58,9 @@ __global__ void __launch_bounds__(ForwardKernel<T, WIDTH, GENERAL, DECODE>::THRE
   const int len_q = call.sizes.len_q, len_k = call.sizes.len_k;
 
   // where am I: the last row block first, under a causal mask it is the longest
-  const int row_blocks = cdiv(len_q, BLOCK_M), col_blocks = cdiv(len_k, BLOCK_N);
+  const int row_blocks = cdiv(len_q, BLOCK_M);
   const int bh = blockIdx.x / row_blocks, row_block = row_blocks - 1 - blockIdx.x % row_blocks;
   const int b = bh / call.sizes.heads, h = bh % call.sizes.heads;
-  const int kv_head = h / (call.sizes.heads / call.sizes.kv_heads);
   const int first_row = row_block * BLOCK_M;
   const int warp = threadIdx.x / WARP, lane = lane_id() % 4;
   const int warp_row = DECODE ? 0 : warp * 16 * MT;  // of the tile
@@ -91,42 +77,14 @@ __global__ void __launch_bounds__(ForwardKernel<T, WIDTH, GENERAL, DECODE>::THRE
       q_tile, head_of(call.q, b, h, call.sizes.width, call.q_chunked), first_row,
       [&](int row) { return row < len_q; });
   cp_async_commit_group();
-  {
-    Bounds bounds = load_bounds(mask, b, len_q, len_k);
-    if (call.folded) bounds = same_rows(bounds, len_q);
-    if (threadIdx.x < BLOCK_M)
-      mine.rows[threadIdx.x] = row_interval(mask, bounds, b, h, first_row + threadIdx.x, len_q);
-    if (threadIdx.x == 0) {
-      Visit visit = columns_to_visit<BLOCK_M, BLOCK_N>(call.lists, bounds, b, h, row_block,
-                                                       row_blocks, col_blocks);
-      mine.visit = DECODE ? share_of(visit, blockIdx.y, gridDim.y) : visit;
-      mine.visits = visits_of(call.visits, bh, row_block, row_blocks, col_blocks);
-      mine.k = head_of(call.k, b, kv_head, call.sizes.width, call.k_chunked);
-      mine.v = head_of(call.v, b, kv_head, call.sizes.width_v, call.v_chunked);
-      mine.b = b, mine.h = h, mine.bh = bh, mine.first_row = first_row;
-      mine.live = {bounds.start, bounds.end};
-      mine.keys = keys_of(mask, b);
-      mine.words = words_of(mask, b, h);
-      mine.options = options_of<GENERAL>(score, b, h, bh);
-    }
-  }
+  Bounds bounds = load_bounds(mask, b, len_q, len_k);
+  if (call.folded) bounds = same_rows(bounds, len_q);
+  find_rows<BLOCK_N, GENERAL>(mine, call, bounds, bh, row_block, call.visits);
+  if (DECODE && threadIdx.x == 0) mine.visit = share_of(mine.visit, blockIdx.y, gridDim.y);
   __syncthreads();
 
-  // starts a copy of k or v: what padding excludes is never read, 0 * NaN would be NaN
   const auto load = [&](auto masked, uint32_t tile, const Head& head, int block) {
-    const auto copy = [&](auto rolled, auto inside) {
-      load_tile<BLOCK_N, WIDTH, THREADS, GENERAL, rolled.value>(tile, head, block * BLOCK_N,
-                                                                inside);
-    };
-    const Interval live = mine.live;
-    const uint32_t* keys = mine.keys;
-    if (!masked.value)
-      copy(Flag<false>(), [](int) { return true; });
-    else if (keys)
-      copy(Flag<true>(), [&](int col) { return is_live_column(live, keys, col); });
-    else
-      copy(Flag<false>(), [&](int col) { return visible(live, true, col); });
-    cp_async_commit_group();
+    load_columns<BLOCK_N, WIDTH, THREADS, GENERAL, masked.value>(mine, tile, head, block);
   };
   const bool any = mine.visit.partial + mine.visit.full > 0;
   int block = any ? visited_block(mine.visit, 0) : 0;

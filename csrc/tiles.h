@@ -12,6 +12,7 @@ struct TileShape {
 
 constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xFFFFFFFFu;
+constexpr int MOST_SHARED = 99 * 1024;  // bytes of a block on sm_86, sm_89 and sm_120
 
 // Chosen by counting registers and shared memory; no GPU has measured them yet.
 constexpr TileShape forward_tile(int width) {
@@ -25,16 +26,16 @@ constexpr TileShape decode_tile(int width) {
   return {16, 64, 4, 1, 4};
 }
 
-constexpr TileShape dq_tile(int width) {
+// general: with options, which take registers; the tile is the same.
+constexpr TileShape dq_tile(int width, bool general = false) {
   if (width <= 64) return {128, 32, 4, 2, 1};
-  if (width <= 128) return {64, 64, 4, 1, 1};
+  if (width <= 128) return general ? TileShape{128, 32, 8, 1, 1} : TileShape{128, 32, 4, 2, 1};
   return {64, 16, 4, 1, 1};
 }
 
-// general: with options, which take registers; the tile is the same.
 constexpr TileShape dkv_tile(int width, bool general = false) {
   if (width <= 64) return general ? TileShape{32, 128, 8, 1, 1} : TileShape{32, 128, 4, 2, 1};
-  if (width <= 128) return {32, 64, 4, 1, 1};
+  if (width <= 128) return {32, 64, 4, 2, 2};
   return {32, 32, 4, 1, 2};
 }
 

@@ -128,8 +128,8 @@ def scores_per_thread(kernel: Kernel) -> int:
     name, width = kernel.name.split("_")[0], int(re.search(r", (\d+)", kernel.name)[1])
     if name == "forward" and kernel.name.endswith("true>"):
         name = "decode"
-    if name == "dkv" and kernel.name.endswith("true>"):
-        name = "general dkv"
+    elif name in ("dq", "dkv") and kernel.name.endswith("true>"):
+        name = f"general {name}"
     shape = shapes[name, width]
     return shape["block_m"] * shape["block_n"] // (WARP * shape["warps"])
 
@@ -138,7 +138,7 @@ def scores_per_thread(kernel: Kernel) -> int:
 def tile_shapes() -> dict[tuple[str, int], dict[str, int]]:
     """What csrc/tiles.h says, by kernel and width."""
     calls = {name: f"{name}_tile(%d)" for name in ("forward", "decode", "dq", "dkv")}
-    calls["general dkv"] = "dkv_tile(%d, true)"
+    calls |= {f"general {name}": f"{name}_tile(%d, true)" for name in ("dq", "dkv")}
     lines = "".join(
         f'show("{name}", {width}, {call % width});'
         for name, call in calls.items()

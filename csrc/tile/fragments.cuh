@@ -41,14 +41,17 @@ __device__ __forceinline__ void clear(float (&acc)[MT][NT][4]) {
 }
 
 // Every row starts at a value of its own; so a term that a product needs per row costs nothing.
+// shared: of this thread's first row.
 template <int MT, int NT>
-__device__ __forceinline__ void fill_rows(float (&acc)[MT][NT][4], const float (&value)[MT][2]) {
+__device__ __forceinline__ void fill_rows(float (&acc)[MT][NT][4], const float* shared) {
 #pragma unroll
   for (int m = 0; m < MT; ++m)
 #pragma unroll
-    for (int n = 0; n < NT; ++n)
+    for (int i = 0; i < 2; ++i) {
+      const float value = shared[16 * m + 8 * i];
 #pragma unroll
-      for (int e = 0; e < 4; ++e) acc[m][n][e] = value[m][e / 2];
+      for (int n = 0; n < NT; ++n) acc[m][n][2 * i] = acc[m][n][2 * i + 1] = value;
+    }
 }
 
 // The same per column. shared: of a pair of columns (low, high, low, high), for columns
@@ -68,13 +71,18 @@ __device__ __forceinline__ void fill_columns(float (&acc)[MT][NT][4], const floa
 
 template <int MT, int NT>
 __device__ __forceinline__ void add_to_rows(float (&acc)[MT][NT][4], float factor,
-                                            const float (&value)[MT][2]) {
+                                            const float* shared) {
 #pragma unroll
   for (int m = 0; m < MT; ++m)
 #pragma unroll
-    for (int n = 0; n < NT; ++n)
+    for (int i = 0; i < 2; ++i) {
+      const float value = shared[16 * m + 8 * i];
 #pragma unroll
-      for (int e = 0; e < 4; ++e) acc[m][n][e] = fmaf(acc[m][n][e], factor, value[m][e / 2]);
+      for (int n = 0; n < NT; ++n) {
+        acc[m][n][2 * i] = fmaf(acc[m][n][2 * i], factor, value);
+        acc[m][n][2 * i + 1] = fmaf(acc[m][n][2 * i + 1], factor, value);
+      }
+    }
 }
 
 template <int MT, int NT>
