@@ -27,9 +27,10 @@ GPU = torch.cuda.is_available()
 MODES = ("random", "late", "early")
 
 
-def way_of(config=None):
-    """The library on this machine's GPU, or in the emulator under a schedule."""
-    return ways.Gpu("cuda") if GPU else ways.EmulatedLibrary(config)
+def way_of(config=None, arch: int = 80):
+    """The library on this machine's GPU, or compiled for ``arch`` in the emulator, under a
+    schedule."""
+    return ways.Gpu("cuda") if GPU else ways.EmulatedLibrary(config, arch)
 
 
 @pytest.fixture
@@ -110,15 +111,20 @@ def test_numbers_are_those_of_the_header(header):
 
 
 def parameters() -> list:
-    """(case, dtype, schedule). Per commit each case in one of the two dtypes, under a schedule of
-    its own; the other dtype is slow."""
+    """(case, dtype, schedule, architecture). Per commit each case in one of the two dtypes for
+    sm_80, under a schedule of its own; the other dtype is slow, and so is most of sm_90a."""
     made = []
     for index, case in enumerate(cases.CASES):
         names = [n for n in ("bfloat16", "float16") if getattr(torch, n) in case.dtypes]
         for name in names:
-            marks = () if GPU or name == names[index % len(names)] else pytest.mark.slow
+            first = name == names[index % len(names)]
             config = Config(seed=index, asynchronous=MODES[index % 3])
-            made.append(pytest.param(case, name, config, id=f"{case}-{name}", marks=marks))
+            marks = () if GPU or first else pytest.mark.slow
+            made.append(pytest.param(case, name, config, 80, id=f"{case}-{name}", marks=marks))
+            if first and not GPU:
+                marks = () if index % 8 == 0 else pytest.mark.slow
+                label = f"{case}-{name}-sm_90a"
+                made.append(pytest.param(case, name, config, 90, id=label, marks=marks))
     return made
 
 
@@ -128,9 +134,9 @@ def run(way, case, name: str) -> dict:
 
 
 @needs_library
-@pytest.mark.parametrize("case, name, config", parameters())
-def test_case(case, name, config):
-    cases.check(case, getattr(torch, name), run(way_of(config), case, name))
+@pytest.mark.parametrize("case, name, config, arch", parameters())
+def test_case(case, name, config, arch):
+    cases.check(case, getattr(torch, name), run(way_of(config, arch), case, name))
 
 
 @needs_library

@@ -100,18 +100,19 @@ class Emulator:
 
 
 class EmulatedLibrary:
-    """The CUDA library that ships, but for the PTX of sm_80 in place of machine code, with the PTX
-    emulator as its CUDA runtime: on CPU tensors, in this process.
+    """The CUDA library that ships, but for PTX in place of machine code, with the PTX emulator as
+    its CUDA runtime: on CPU tensors, in this process.
 
-    config: a ptx_emulator.Config, the schedule of every launch.
+    config: a ptx_emulator.Config, the schedule of every launch; arch: 80 or 90, the compute
+    capability that the sources are compiled for.
     """
 
     name, backend = "emulated-cuda", "cuda"
     device = "cpu"
     default_tile = None  # the library's own
 
-    def __init__(self, config=None):
-        self.config = config
+    def __init__(self, config=None, arch: int = 80):
+        self.config, self.arch = config, arch
 
     @contextlib.contextmanager
     def running(self):
@@ -122,7 +123,7 @@ class EmulatedLibrary:
         from tilemask import library
         from tilemask.backends import cuda
 
-        loaded, emulator = emulated_library(), ptx_emulator.library()
+        loaded, emulator = emulated_library(self.arch), ptx_emulator.library()
         settings = (self.config or ptx_emulator.Config(seed=1, asynchronous="random")).packed()
         given = []
 
@@ -148,7 +149,7 @@ class EmulatedLibrary:
         load, library.load = library.load, lambda: loaded
         vars(cuda).update(stand_ins)
         nothing = ptx_emulator.emu_buffers([])
-        emulator.emu_set_arch(80)
+        emulator.emu_set_arch(self.arch)
         emulator.emu_configure(settings, nothing, len(nothing))
         emulator.emu_forget_launches()
         try:
@@ -163,14 +164,14 @@ class EmulatedLibrary:
 
 
 @functools.cache
-def emulated_library():
+def emulated_library(arch: int):
     """libtilemask.so linked against the emulator, loaded; compiled first if csrc/ has changed."""
     from nvcc import build_for_emulator
     from ptx_emulator import cuda
 
     from tilemask import library
 
-    path = build_for_emulator(80)
+    path = build_for_emulator(arch)
     cuda.loaded(path)
     return library.opened(path)
 
