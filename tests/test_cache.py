@@ -172,6 +172,103 @@ def test_masks_with_other_tensors_are_not_shared():
     assert not any(len(key) != 6 + 6 for key in lowering._cache.by_storage)
 
 
+@pytest.fixture
+def lowered_anew(monkeypatch):
+    """The masks that were not found to be lowered already."""
+    seen, lower_anew = [], lowering.lower_anew
+
+    def watched(mask, *sizes):
+        seen.append(mask)
+        return lower_anew(mask, *sizes)
+
+    monkeypatch.setattr(lowering, "lower_anew", watched)
+    return seen
+
+
+VIEWS = {
+    "pairs": lambda: bits(LQ, LK),
+    "pairs of a part": lambda: bits(LQ + 1, LK + 2)[1:, 2:],
+    "pairs, transposed": lambda: bits(LK, LQ).t(),
+    "pairs per head": lambda: bits(H, LQ, LK),
+    "pairs, expanded": lambda: bits(1, 1, LQ, LK).expand(B, H, -1, -1),
+    "pairs of two batches": lambda: bits(B, 1, 1, LQ, LK),
+    "keys": lambda: bits(B, 1, 1, LK),
+    "keys, expanded": lambda: bits(1, LK).expand(LQ, -1),
+    "keys of two batches": lambda: bits(1, B, 1, 1, LK),
+}
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+def test_a_tensor_is_lowered_once(kind, lowered_anew):
+    """Every layer makes a mask object of its own of it; what they get is alike."""
+    mask = VIEWS[kind]()
+    first, *others = (lower(masks.dense(mask)) for _ in range(3))
+    assert len(lowered_anew) == 1
+    assert (first.bits is None) == kind.startswith("keys")
+    for form in others:
+        assert form.prepared is first.prepared and form.bounds == first.bounds
+        assert form.batch_bounds is form.lo is form.hi is None
+        if first.bits is None:
+            found, wanted = form.key_bits, first.key_bits
+            assert form.bits is None
+        else:
+            found, wanted = form.bits.view, first.bits.view
+            assert form.key_bits is None
+        assert found.data_ptr() == wanted.data_ptr()
+        assert found.shape == wanted.shape and found.stride() == wanted.stride()
+
+
+def test_key_bits_of_padding_are_lowered_once(lowered_anew):
+    keep = bits(B, LK)
+    first, second = (lower(masks.padding(keep=keep)) for _ in range(2))
+    assert len(lowered_anew) == 1
+    assert torch.equal(second.key_bits, first.key_bits) and second.bits is None
+
+
+def test_key_bits_that_are_no_view_are_lowered_anew(lowered_anew):
+    """Those of two batch dimensions, of which the keys repeat over one, are copied to B."""
+    mask = bits(2, 1, 1, 1, LK)
+    q, k = torch.randn(6, H, LQ, 8), torch.randn(6, H, LK, 8)
+    for _ in range(2):
+        out = tilemask.attention(q, k, k, mask=masks.dense(mask))
+        wanted = mask.expand(2, 3, -1, -1, -1).flatten(0, 1)
+        torch.testing.assert_close(
+            out, torch.nn.functional.scaled_dot_product_attention(q, k, k, attn_mask=wanted)
+        )
+        mask.logical_not_()
+        mask[..., 0] = True
+    assert len(lowered_anew) == 2
+
+
+CHANGES = {
+    "written": lambda mask, other: mask.copy_(other),
+    "written through a view": lambda mask, other: mask[:].copy_(other),
+    "set": lambda mask, other: mask.set_(other),
+    "given data": lambda mask, other: setattr(mask, "data", other),
+    "moved in its storage": lambda mask, other: mask.set_(
+        mask.untyped_storage(), 1, (LQ, LK), (LK, 1)
+    ),
+    "turned": lambda mask, other: mask.as_strided_((LQ, LK), (1, LQ)),
+    "resized": lambda mask, other: mask.resize_(LQ + 1, LK).resize_(LQ, LK).copy_(other),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_tensor_is_lowered_anew(change, packing, lowered_anew):
+    mask = bits(LQ * LK + 1)[:-1].view(LQ, LK)
+    if change == "resized":  # which views refuse
+        mask = mask.clone()
+    for _ in range(3):
+        torch.testing.assert_close(sdpa(mask), expected(mask))
+    assert len(lowered_anew) == packing.packed == 1
+    before = mask.clone()
+    CHANGES[change](mask, bits(LQ, LK, seed=1))
+    assert not torch.equal(mask, before)
+    for _ in range(3):
+        torch.testing.assert_close(sdpa(mask), expected(mask))
+    assert len(lowered_anew) == packing.packed == 2
+
+
 def test_a_change_in_place_is_packed_anew(packing):
     mask = bits(LQ, LK)
     for _ in range(3):
@@ -245,11 +342,11 @@ def test_an_entry_of_another_storage_with_the_same_id_is_not_used():
     """Ids of dead objects come back; the entry knows its storage itself."""
     mask, other = bits(LQ, LK), bits(LQ, LK, seed=1)
     first = prepared(masks.dense(mask))
-    ((key, (versions, _owners, kept)),) = lowering._cache.by_storage.items()
+    ((key, (versions, _owners, kept, layout)),) = lowering._cache.by_storage.items()
     assert kept is first
     for stranger in ((other.untyped_storage(), mask), (mask.untyped_storage(), other)):
         owners = [weakref.ref(source) for source in stranger]
-        lowering._cache.by_storage[key] = versions, owners, kept
+        lowering._cache.by_storage[key] = versions, owners, kept, layout
         assert prepared(masks.dense(mask)) is not first
 
 

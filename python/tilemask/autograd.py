@@ -17,7 +17,7 @@ from . import backends
 from .backends import Call
 from .backends.prepared import Steps, spread
 from .lowering import LoweredMask
-from .masks import PairBits
+from .masks import HeldBits
 
 TWICE = (
     b"differentiating through the backward of a tilemask kernel: only the reference is "
@@ -136,7 +136,7 @@ def packed(call: Call, backend, direction: str) -> tuple[list, list, list, list]
 
 def unpacked(q, k, v, options, mask, bounds, numbers, direction: str) -> Call:
     """The call that went into an op."""
-    bits = None if mask[4] is None else PairBits.of(mask[4], q.shape[0])
+    bits = None if mask[4] is None else HeldBits(mask[4], q.shape[0])
     lowered = LoweredMask(q.shape[2], k.shape[2], tuple(bounds[:6]), *mask[:4], bits)
     for name, tensor in zip(PREPARED, mask[5:9], strict=False):
         if tensor is not None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import masks
-from .masks import UNBOUNDED, Bounds, Mask, PairBits, PreparedMask, Rows, visible
+from .masks import UNBOUNDED, Bounds, HeldBits, Mask, PairBits, PreparedMask, Rows, visible
 
 TILE_SYMBOLS = "./#"  # empty, partial, full
 EMPTY, PARTIAL, FULL = range(3)
@@ -175,7 +175,13 @@ def lower(mask: Mask | None, B: int, H: int, Lq: int, Lk: int, device) -> Lowere
     cache = cache_for(tensors, device)
     if cache is None:
         return lower_anew(mask, B, H, Lq, Lk, device)
-    kept = cache.forms(mask)
+    kept = cache.by_mask.get(mask)
+    if kept is None:
+        if type(mask) in PLANES:  # a new object of an old tensor, as in every call of SDPA
+            lowered = cache.form_of(type(mask), tensors[0], B, H, Lq, Lk, device)
+            if lowered is not None:
+                return lowered
+        kept = cache.forms(mask)
     key = (B, H, Lq, Lk, device, stream_id(device), torch.is_inference_mode_enabled())
     versions = tuple([t._version for t in tensors])
     seen, lowered = kept.get(key, (None, None))
@@ -266,30 +272,60 @@ class Cache:
     def forms(self, mask: Mask) -> dict:
         return self.by_mask.setdefault(mask, {})
 
+    def form_of(self, kind: type, tensor: Tensor, B, H, Lq, Lk, device) -> LoweredMask | None:
+        """The lowered form of a bool tensor alone, by what is kept of it; None if nothing is.
+
+        It is made anew, of views of the tensor: a form that is kept would keep the tensor alive.
+        """
+        bounds = everything(Lq, Lk)
+        key, sources, versions = described([(kind, tensor)], (B, H, Lq, Lk, device, bounds))
+        with self.lock:
+            prepared, layout = self.find(key, sources, versions)
+        if layout is None:
+            return None
+        pairs, size, stride, offset = layout
+        view = tensor.as_strided(size, stride, offset)
+        key_bits, bits = (None, HeldBits(view, B)) if pairs else (view, None)
+        return LoweredMask(Lq, Lk, bounds, None, None, None, key_bits, bits, prepared)
+
     def prepared_for(self, planes, B: int, H: int, lowered: LoweredMask, device) -> Prepared:
         """The Prepared of ``lowered``, whose bits are those of ``planes`` alone."""
-        key = (B, H, lowered.len_q, lowered.len_k, device, lowered.bounds)
-        sources, versions = [], []
-        for kind, t in planes:
-            storage, base = t.untyped_storage(), t._base
-            sources += storage, t if base is None else base  # which has the counter of all views
-            versions.append(t._version)
-            key += kind, id(storage), t.storage_offset(), t.dtype, t.shape, t.stride()
+        first = B, H, lowered.len_q, lowered.len_k, device, lowered.bounds
+        key, sources, versions = described(planes, first)
         with self.lock:
-            entry = self.by_storage.get(key)
-            if entry is not None:
-                seen, owners, prepared = entry
-                same = all([ref() is s for ref, s in zip(owners, sources, strict=True)])
-                if same and seen == versions:
-                    self.by_storage.move_to_end(key)
-                    return prepared
-            forget = functools.partial(drop, weakref.ref(self), key)
-            owners, prepared = [weakref.ref(s, forget) for s in sources], Prepared()
-            self.by_storage[key] = versions, owners, prepared
-            self.by_storage.move_to_end(key)
-            if len(self.by_storage) > MOST_SHARED:
-                self.by_storage.popitem(last=False)
+            prepared, _ = self.find(key, sources, versions)
+            if prepared is None:
+                forget = functools.partial(drop, weakref.ref(self), key)
+                owners, prepared = [weakref.ref(s, forget) for s in sources], Prepared()
+                self.by_storage[key] = versions, owners, prepared, layout_of(planes, lowered)
+                self.by_storage.move_to_end(key)
+                if len(self.by_storage) > MOST_SHARED:
+                    self.by_storage.popitem(last=False)
         return prepared
+
+    def find(self, key: tuple, sources: list, versions: list) -> tuple:
+        """The Prepared under ``key`` and its layout_of(), if it was made of these very sources and
+        they are unchanged; else None and None. The caller has the lock."""
+        seen, owners, prepared, layout = self.by_storage.get(key) or (None, (), None, None)
+        if seen != versions:
+            return None, None
+        for owner, source in zip(owners, sources, strict=True):
+            if owner() is not source:
+                return None, None
+        self.by_storage.move_to_end(key)
+        return prepared, layout
+
+
+def described(planes, key: tuple) -> tuple[tuple, list, list]:
+    """What is kept of planes is kept under this key, which begins with ``key``, for these objects
+    and these versions of them."""
+    sources, versions = [], []
+    for kind, t in planes:
+        storage, base = t.untyped_storage(), t._base
+        sources += storage, t if base is None else base  # which has the counter of all views
+        versions.append(t._version)
+        key += kind, id(storage), t.storage_offset(), t.dtype, t.shape, t.stride()
+    return key, sources, versions
 
 
 def drop(cache: weakref.ref[Cache], key: tuple, _owner) -> None:
@@ -341,6 +377,7 @@ def forget_all() -> None:
     _cache, _captured = Cache(), None
 
 
+PLANES = (masks.Dense, masks.KeyBits)  # of one bool tensor each
 BOUNDS_ONLY = (masks.Band, masks.Padding, AffineMask)  # of ints: the lowered bounds say it all
 
 
@@ -350,13 +387,22 @@ def planes_of(mask: Mask, lowered: LoweredMask) -> list[tuple[type, Tensor]]:
         return []
     planes = []
     for part in masks.parts_of(mask):
-        if type(part) is masks.Dense:
-            planes.append((masks.Dense, part.mask))
-        elif type(part) is masks.KeyBits:
-            planes.append((masks.KeyBits, part.keep))
+        if type(part) in PLANES:
+            planes.append((type(part), *part.tensors()))
         elif type(part) not in BOUNDS_ONLY:
             return []
     return planes
+
+
+def layout_of(planes, lowered: LoweredMask) -> tuple | None:
+    """Of a mask whose bits are a view of one bool tensor: whether they are bits per pair (or else
+    key bits), and size, stride and offset of the view. None of others."""
+    if len(planes) > 1:
+        return None
+    view = lowered.key_bits if lowered.bits is None else lowered.bits.view
+    if view.untyped_storage() is not planes[0][1].untyped_storage():
+        return None
+    return lowered.bits is not None, view.shape, view.stride(), view.storage_offset()
 
 
 # -- streams and graph captures -------------------------------------------------------------------

@@ -130,30 +130,15 @@ class PairBits:
     """One bool per (row, key) pair, for masks that are no interval; made for some rows at a time.
 
     shape: (B|1, H|1, Lq|1, Lk). rows(first, count): bool [B|1, H|1, count|1, Lk] of the rows from
-    ``first``. view: the tensor that holds them as they are, bool [B1|1, B2|1, H|1, Lq|1, Lk] with
-    any strides and B1 * B2 = B; None where they are computed.
+    ``first``. view: the tensor that holds them as they are (HeldBits); None where they are
+    computed.
     """
 
-    def __init__(
-        self, shape: tuple, rows: Callable[[int, int], Tensor], view: Tensor | None = None
-    ):
+    view: Tensor | None = None
+
+    def __init__(self, shape: tuple, rows: Callable[[int, int], Tensor]):
         self.shape = shape
         self.rows = rows
-        self.view = view
-
-    @classmethod
-    def of(cls, view: Tensor, batch: int) -> PairBits:
-        """The pairs that a 5-D view holds, for ``batch`` = B."""
-        outer, inner, *shape = view.shape
-        several = outer != 1 or inner != 1
-
-        def rows(first, count):
-            part = view if shape[1] == 1 else view[:, :, :, first : first + count]
-            if not several:
-                return part[0]
-            return part.expand(*split_batch(batch, outer, inner), -1, -1, -1).flatten(0, 1)
-
-        return cls((batch if several else 1, *shape), rows, view)
 
     def tensor(self, len_q: int) -> Tensor:
         """All of it, 5-D: the view, or computed."""
@@ -164,6 +149,27 @@ class PairBits:
             torch.broadcast_shapes(self.shape, other.shape),
             lambda first, count: self.rows(first, count) & other.rows(first, count),
         )
+
+
+class HeldBits(PairBits):
+    """The pairs that a view holds, bool [B1|1, B2|1, H|1, Lq|1, Lk] with any strides and B1 * B2 =
+    ``batch`` = B."""
+
+    def __init__(self, view: Tensor, batch: int):
+        self.view = view
+        self.batch = batch
+
+    @property
+    def shape(self) -> tuple:
+        outer, inner, *shape = self.view.shape
+        return (1 if outer == 1 and inner == 1 else self.batch, *shape)
+
+    def rows(self, first: int, count: int) -> Tensor:
+        outer, inner, _, rows, _ = self.view.shape
+        part = self.view if rows == 1 else self.view[:, :, :, first : first + count]
+        if outer == 1 and inner == 1:
+            return part[0]
+        return part.expand(*split_batch(self.batch, outer, inner), -1, -1, -1).flatten(0, 1)
 
 
 def split_batch(batch: int, outer: int, inner: int) -> tuple[int, int]:
@@ -655,7 +661,7 @@ class Dense(Mask):
         if self.kind() != "explicit":
             return None
         mask = self.fitted(rows.batch, rows.heads, rows.len_q, rows.len_k)
-        alive = PairBits.of(mask.to(rows.device), rows.batch).rows(0, rows.len_q)[..., 0]
+        alive = HeldBits(mask.to(rows.device), rows.batch).rows(0, rows.len_q)[..., 0]
         hi = torch.where(alive, rows.len_k, 0)
         return torch.zeros_like(hi), hi
 
@@ -664,13 +670,13 @@ class Dense(Mask):
             return None
         heads, len_q = self.mask.shape[-3:-1] if self.mask.dim() > 2 else (1, self.mask.shape[0])
         mask = self.fitted(batch, heads, len_q, len_k)
-        return PairBits.of(mask.to(device), batch).rows(0, 1)
+        return HeldBits(mask.to(device), batch).rows(0, 1)
 
     def bits(self, batch, heads, len_q, len_k, device):
         if self.kind() != "bits":
             return None
         mask = self.fitted(batch, heads, len_q, len_k)
-        return PairBits.of(mask.to(device), batch)
+        return HeldBits(mask.to(device), batch)
 
     def bounds(self, rows):
         rows.outermost("dense()")
