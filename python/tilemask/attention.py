@@ -237,7 +237,7 @@ def scaled_dot_product_attention(
     mask, bias = split_attn_mask(attn_mask, batch, heads, query, key)
     if is_causal:
         mask = CAUSAL if mask is None else mask & CAUSAL
-    out = attention(query, key, value, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p)
+    out, _ = attend(call_of(query, key, value, mask, bias, scale, dropout_p=dropout_p), None)
     return out if plain else out.reshape(*batch, *(heads for _ in lead), *out.shape[2:])
 
 
@@ -265,6 +265,8 @@ def matched_heads(query, key, value, enable_gqa: bool):
     """query, key and value under torch's rule: one head broadcasts, others are equal, or divisors
     of query's with enable_gqa."""
     found = key.shape[1], value.shape[1]
+    if query.shape[1] == found[0] == found[1]:
+        return query, key, value
     if query.shape[1] == 1 and max(found) > 1:
         query = query.expand(-1, max(found), -1, -1)
     heads = query.shape[1]
@@ -304,9 +306,9 @@ def split_attn_mask(attn_mask, batch, heads: int, query, key):
         )
     full = (*batch, heads, query.shape[2], key.shape[2])
     shape = tuple(attn_mask.shape)
-    aligned = (1,) * (len(full) - len(shape)) + shape
-    fits = len(aligned) == len(full) and all(
-        masks.repeats(have, want) for have, want in zip(aligned, full, strict=True)
+    missing = len(full) - len(shape)
+    fits = missing >= 0 and all(
+        [have == 1 or have == want for have, want in zip(shape, full[missing:], strict=True)]
     )
     if len(shape) < 2 or not fits:
         advice = "; is it a padding mask? use mask[:, None, None, :] or masks.padding(keep=mask)"
@@ -315,8 +317,8 @@ def split_attn_mask(attn_mask, batch, heads: int, query, key):
             f"from 2 dimensions or more{advice if len(shape) <= 2 else ''}"
         )
     if len(full) != 4:
-        attn_mask = with_two_batches(attn_mask.reshape(aligned), batch)
-    return (masks.dense(attn_mask), None) if attn_mask.dtype == torch.bool else (None, attn_mask)
+        attn_mask = with_two_batches(attn_mask.reshape((1,) * missing + shape), batch)
+    return (masks.Dense(attn_mask), None) if attn_mask.dtype == torch.bool else (None, attn_mask)
 
 
 def with_two_batches(attn_mask: Tensor, batch) -> Tensor:
@@ -360,7 +362,14 @@ def autocast(*tensors):
     return tuple(t.to(dtype) if t.dtype in FLOATS[:3] else t for t in tensors)
 
 
-def checked(
+def checked(q, k, v, *options, **more) -> Call:
+    """A Call from the arguments of attention(), or an error that names the argument."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_dense(name, tensor)
+    return call_of(*autocast(q, k, v), *options, **more)
+
+
+def call_of(
     q,
     k,
     v,
@@ -373,10 +382,7 @@ def checked(
     dropout_p=0.0,
     dropout_seed=None,
 ) -> Call:
-    """A Call from the arguments of attention(), or an error that names the argument."""
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        check_dense(name, tensor)
-    q, k, v = autocast(q, k, v)
+    """As checked(), of dense tensors that are cast already."""
     check_tensors(q, k, v)
     B, Hq, Lq, D = q.shape
     Lk = k.shape[2]
@@ -469,6 +475,8 @@ def shapes(*tensors) -> str:
 
 
 def is_real(value) -> bool:
+    if type(value) is float:  # as nearly always; the others ask an abstract class
+        return True
     return isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)) and not isinstance(
         value, bool
     )
