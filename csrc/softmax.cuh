@@ -81,7 +81,8 @@ __device__ __forceinline__ void softmax_step(float (&scores)[MT][NT][4], float (
     for (int a = 0; a < MT; ++a)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        float m_new = fmaxf(m[a][i], top[a][i]);
+        // of a row that does not grow m stays, so that no row depends on those beside it
+        float m_new = top[a][i] > m[a][i] + SLACK / UNIT ? top[a][i] : m[a][i];
         // a row that has seen no key yet has m = -inf; a finite pivot avoids -inf - -inf
         float pivot = m_new == -INFINITY ? 0 : m_new;
         rescale[a][i] = ex2((m[a][i] - pivot) * UNIT);

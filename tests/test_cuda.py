@@ -234,6 +234,22 @@ def test_interleaved_blocks(name):
     cases.check(case, torch.float16, run(way_of(config), case, "float16"))
 
 
+@needs_library
+def test_rows_do_not_depend_on_those_beside_them(way):
+    """To the last bit: what rows outside the query range hold changes no other row."""
+    torch.manual_seed(0)
+    kind = {"dtype": torch.float16, "device": way.device}
+    q, k, v = (torch.randn(1, 1, rows, 64, **kind) for rows in (128, 512, 512))
+    mask = masks.padding(query_lengths=torch.tensor([70], device=way.device))
+
+    def attend(q):
+        return tilemask.attention(q, k, v, mask=mask, backend="cuda")[:, :, :70]
+
+    others = q.clone()
+    others[:, :, 70:] *= 1000
+    torch.testing.assert_close(way.call(attend, others), way.call(attend, q), rtol=0, atol=0)
+
+
 @emulated
 @pytest.mark.parametrize("width", [64, 128, 256])
 def test_fragments_load_without_bank_conflicts(width):
