@@ -15,6 +15,7 @@
 
 constexpr int WIDEST = 256;
 constexpr int LONGEST = 1 << 30;  // positions are int32 in the kernels
+constexpr int LEAST_BLOCK = 16;   // rows or columns of a tile, at least
 
 inline int code_of(cudaError_t error) { return -static_cast<int>(error); }
 
@@ -36,7 +37,11 @@ int check_call(const Call& call, const TilemaskSizes& sizes) {
       sizes.len_k >= 0 && sizes.len_q < LONGEST && sizes.len_k < LONGEST && sizes.width >= 1 &&
       sizes.width <= WIDEST && sizes.width_v >= 1 && sizes.width_v <= WIDEST &&
       (sizes.heads == 0 || (sizes.kv_heads > 0 && sizes.heads % sizes.kv_heads == 0));
-  return right ? TILEMASK_OK : TILEMASK_WRONG_SIZE;
+  if (!right) return TILEMASK_WRONG_SIZE;
+  // blocks of a grid are numbered by int32
+  const int64_t heads = static_cast<int64_t>(sizes.batch) * sizes.heads;
+  const int64_t longest = sizes.len_q > sizes.len_k ? sizes.len_q : sizes.len_k;
+  return heads <= INT32_MAX / (longest / LEAST_BLOCK + 1) ? TILEMASK_OK : TILEMASK_WRONG_SIZE;
 }
 
 // Lists where the mask needs them, made for this tile.

@@ -469,6 +469,9 @@ def test_what_it_leaves_to_others(both):
     huge = torch.zeros(1, 1, 1, 16, dtype=torch.float16).expand(1, 1, 1 << 30, 16)
     reason = cuda.why_not(backends.replaced(call_of(), k=huge, v=huge))
     assert reason == "lengths go up to 1073741823, got Lq = 40 and Lk = 1073741824"
+    many = call_of().q[:, :1, :1].expand(1 << 16, 1 << 15, 1, 16)
+    reason = cuda.why_not(backends.replaced(call_of(), q=many, k=many, v=many))
+    assert reason == "B * Hq * (max(Lq, Lk) // 16 + 1) goes up to 2147483647, got 2147483648"
     reasons = []
     torch.vmap(lambda x: reasons.append(cuda.why_not(call_of())) or x)(torch.zeros(2))
     assert "torch.func transform" in reasons[0]
@@ -493,6 +496,23 @@ def test_an_error_of_the_library_is_raised(monkeypatch):
         message = r"tilemask_forward\(q \(1, 2, 40, 16\) torch.float16, .*\) failed: the caller's"
         with pytest.raises(RuntimeError, match=message):
             backends.cuda.forward(call_of())
+
+
+@emulated
+@pytest.mark.parametrize("batch, refused", [(1 << 16, True), (0, False)])
+def test_more_blocks_than_a_grid_has_are_refused(batch, refused):
+    """By the library too, before it touches anything."""
+    values = {"head.size": cuda.FORWARD.size, "head.abi": library.ABI}
+    values["head.dtype"] = cuda.DTYPES[torch.float16]
+    values |= {"sizes.batch": batch, "sizes.heads": 1 << 15, "sizes.kv_heads": 1}
+    values |= {f"sizes.{name}": 1 for name in ("len_q", "len_k", "width", "width_v")}
+    given = []
+    for name, kind in cuda.FORWARD.fields.items():
+        given += [values.get(name, 0)] * int(kind[:-1] or 1)
+    with ways.EmulatedLibrary().running():
+        code = library.load().tilemask_forward(cuda.FORWARD.pack(*given))
+        assert not refused or library.error_text(code).endswith("is out of range")
+    assert bool(code) == refused
 
 
 def test_the_ops_keep_the_name_of_the_backend():

@@ -18,6 +18,8 @@ from ..masks import split_batch
 WIDEST = 256
 FEW_ROWS = 16  # one tile of rows: their keys are split over programs
 LONGEST = 1 << 30  # positions are int32 in the kernels
+LEAST_BLOCK = 16  # rows or columns of a tile, at least
+MOST_BLOCKS = (1 << 31) - 1  # in a grid
 STRIP = 1 << 25  # bits per pair computed at a time, before they are packed
 
 
@@ -68,6 +70,9 @@ def too_large(call) -> str | None:
         return f"head widths go up to {WIDEST}, got D = {q.shape[3]} and Dv = {v.shape[3]}"
     if q.shape[2] >= LONGEST or k.shape[2] >= LONGEST:
         return f"lengths go up to {LONGEST - 1}, got Lq = {q.shape[2]} and Lk = {k.shape[2]}"
+    blocks = q.shape[0] * q.shape[1] * (max(q.shape[2], k.shape[2]) // LEAST_BLOCK + 1)
+    if blocks > MOST_BLOCKS:
+        return f"B * Hq * (max(Lq, Lk) // 16 + 1) goes up to {MOST_BLOCKS}, got {blocks}"
     return None
 
 
