@@ -9,7 +9,9 @@ from pathlib import Path
 
 import cases
 import numpy as np
+import published
 import pytest
+import test_source_cases
 import test_triton
 import test_weights
 import torch
@@ -148,6 +150,32 @@ def test_weights_of_a_case(way, name, reduce):
     dtype = str(kind).removeprefix("torch.")
     got = way.call(ways.run_weights, name, dtype, reduce, None, way.device, way.backend)
     test_weights.check(name, kind, reduce, torch.from_numpy(got).to(kind))
+
+
+@needs_library
+@pytest.mark.parametrize("name", [n for n in test_source_cases.SOURCES if n != "nn_transformer"])
+def test_source(way, name):
+    """But for the whole model, in which the rounding of bfloat16 adds up."""
+    way.call(ways.run_source, name, "bfloat16", way.device, way.backend)
+
+
+@emulated
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_published_samples(way, dtype):
+    """PyTorch's own, of scaled_dot_product_attention: no further from the truth than twice
+    torch."""
+
+    def attend(*tensors, **options):
+        with tilemask.use_backend(way.backend):
+            return tilemask.scaled_dot_product_attention(*tensors, **options)
+
+    count = 0
+    for tensors, options in published.sdpa_samples(dtype):
+        with way.running():
+            got = published.results(attend, tensors, options)
+        published.check(got, tensors, options, dtype)
+        count += 1
+    assert count >= 20
 
 
 @needs_library

@@ -215,12 +215,12 @@ def run_weights(name: str, dtype: str, reduce: str | None, tile, device: str, ba
     return got.cpu().double().numpy()
 
 
-def run_source(name: str, dtype: str, device: str) -> None:
-    """An example of the documents the project was founded on, on the Triton backend."""
+def run_source(name: str, dtype: str, device: str, backend: str = "triton") -> None:
+    """An example of the documents the project was founded on, on a GPU backend."""
     import test_source_cases
 
     with forced_tile(TILE):
-        test_source_cases.run_source(name, dtype, device, "triton")
+        test_source_cases.run_source(name, dtype, device, backend)
 
 
 def visits(name: str, dtype: str, tile, device: str, backend: str = "triton") -> dict:
