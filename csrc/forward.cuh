@@ -17,7 +17,10 @@ struct ForwardCall : TilemaskForward {
   float* part_l;
 };
 
-inline bool is_decoding(const TilemaskSizes& sizes) { return sizes.len_q <= DECODE_ROWS; }
+// Whether rows run in decode tiles: there are few, or they are heads of one token.
+inline bool is_decoding(const TilemaskForward& call) {
+  return call.sizes.len_q <= DECODE_ROWS || call.folded;
+}
 
 // How many shares the rows of a call are split into, and where in its workspace they go.
 int share_workspace(ForwardCall& call, int& splits);
@@ -30,18 +33,19 @@ __device__ __forceinline__ void store_end(const ForwardCall& call, int64_t at, c
   if (call.rest) call.rest[at] = end.rest;
 }
 
-// One share of 16 rows as it is in the loop; part: which share of which head. Rows that see nothing
-// give m = -inf and l = 0.
+// One share of a tile of 16 rows as it is in the loop; part: which share of which head. Rows that
+// see nothing give m = -inf and l = 0.
 template <int NT>
-__device__ __forceinline__ void store_part(const ForwardCall& call, int64_t part, int own_row,
-                                           float (&acc)[1][NT][4], const float (&m)[1][2],
-                                           const float (&l)[1][2], const Interval* intervals) {
+__device__ __forceinline__ void store_part(const ForwardCall& call, int64_t part, int first_row,
+                                           int own_row, float (&acc)[1][NT][4],
+                                           const float (&m)[1][2], const float (&l)[1][2],
+                                           const Interval* intervals) {
   const int width = call.sizes.width_v, lane = lane_id() % 4;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int row = own_row + 8 * i;
+    const int row = first_row + own_row + 8 * i;
     if (row >= call.sizes.len_q) continue;
-    const bool alive = is_alive(intervals[row]);
+    const bool alive = is_alive(intervals[own_row + 8 * i]);
     const int64_t at = part * call.sizes.len_q + row;
     if (lane == 0) {
       call.part_m[at] = alive ? m[0][i] : -INFINITY;

@@ -94,11 +94,6 @@ __device__ __forceinline__ bool is_live_column(Interval live, const uint32_t* ke
   return visible(live, bit, col);
 }
 
-// Whether a row lies in the query range; the others are never read.
-__device__ __forceinline__ bool is_live_row(const Bounds& bounds, int row) {
-  return row >= bounds.q_start && row < bounds.q_end;
-}
-
 // -- words ----------------------------------------------------------------------------------------
 
 // How many columns 8a + 2 * lane + t (t = 0, 1) lie below `column`.

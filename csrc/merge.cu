@@ -46,8 +46,9 @@ __global__ void __launch_bounds__(MERGE_THREADS)
 // Enough blocks for two per multiprocessor, and no share of fewer than LEAST_TILES tiles.
 int count_shares(const TilemaskForward& call, int multiprocessors) {
   const TilemaskSizes& sizes = call.sizes;
-  const int64_t blocks = static_cast<int64_t>(sizes.batch) * sizes.heads;
-  if (!is_decoding(sizes) || blocks == 0 || call.visits) return 1;
+  const int64_t row_blocks = cdiv(sizes.len_q, decode_tile(max_width(sizes)).block_m);
+  const int64_t blocks = sizes.batch * sizes.heads * row_blocks;
+  if (!is_decoding(call) || blocks == 0 || call.visits) return 1;
   const int tiles = cdiv(sizes.len_k, decode_tile(max_width(sizes)).block_n);
   const int64_t wanted = (2 * multiprocessors + blocks - 1) / blocks;
   int64_t shares = wanted < cdiv(tiles, LEAST_TILES) ? wanted : cdiv(tiles, LEAST_TILES);
@@ -91,6 +92,7 @@ int merge_parts(const ForwardCall& call, int splits, bool natural) {
 }
 
 extern "C" int64_t tilemask_forward_workspace(const TilemaskForward* call) {
+  if (check_call(*call, call->sizes)) return 0;
   const int splits = count_shares(*call, multiprocessors_of(call->head.device));
   if (splits == 1) return 0;
   return splits * rows_of(call->sizes) * (call->sizes.width_v + 2) *

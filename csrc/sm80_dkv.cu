@@ -25,8 +25,11 @@
 //   width 128 (64 x 32):  8 mma, 4 ldmatrix, 0.5 exchange, 4, 0.8 lse and delta, 1 copies = 18.3;
 //     at most 34: a thread has 16 scores a step, over which it spreads 240 instructions that are
 //     not per score; shared memory is busy for 75 cycles a score, tensor cores for 64
+//   width 256 (32 x 32):  16 mma, 12 ldmatrix, 1 exchange, 4, 1.6 lse and delta, 4 copies = 38.6;
+//     at most 86, with 8 scores a step
 // Partial tiles: at most 22 more at width 64, of which the words of columns and the select are
-// half; 36 at width 128, where a thread has words for twice as many columns as it has rows.
+// half; 36 at width 128, where a thread has words for twice as many columns as it has rows; 41 at
+// width 256.
 #include "backward.cuh"
 #include "mask.cuh"
 #include "ptx/barrier.cuh"

@@ -12,8 +12,9 @@
 //   width 64, 128 x 64 tiles: 2 mma, 0.5 ldmatrix, 4.5 softmax (maximum, multiply-add, exp2, sum,
 //       half a conversion), 0.4 copies with their addresses = 7.4; at most 10 with the loop
 //   width 128, 128 x 32: 4 mma, 1.5 ldmatrix, 4.5 softmax, 0.8 copies = 10.8; at most 16
-// not counting acc * rescale, which softmax_step seldom does. Partial tiles: at most 8 (14) more,
-// the words of all kinds of masks included, of which a call uses some.
+//   width 256, 64 x 32: 8 mma, 5 ldmatrix, 4.5 softmax, 3.2 copies = 20.7; at most 31
+// and for acc * rescale, which softmax_step seldom does, 1.2, 4.5 and 9 more. Partial tiles: at
+// most 8, 14 and 26 more, the words of all kinds of masks included, of which a call uses some.
 #include "forward.cuh"
 #include "launch.cuh"
 #include "mask.cuh"
@@ -171,7 +172,7 @@ __global__ void __launch_bounds__(ForwardKernel<T, WIDTH, GENERAL, DECODE>::THRE
     if (warp > 0) return;
     if (gridDim.y > 1) {  // one share of several: merge.cu puts them together
       store_part(call, static_cast<int64_t>(blockIdx.y) * (gridDim.x / row_blocks) + mine.bh,
-                 own_row, acc, m, l, mine.rows);
+                 mine.first_row, own_row, acc, m, l, mine.rows);
       return;
     }
   }
@@ -225,7 +226,7 @@ extern "C" int tilemask_forward(const TilemaskForward* given) {
   TILEMASK_TRY(scope.code());
   int splits = 1;
   TILEMASK_TRY(share_workspace(call, splits));
-  const bool decode = is_decoding(sizes);
+  const bool decode = is_decoding(call);
   TILEMASK_TRY(
       dispatch(call.head.dtype, max_width(sizes), general, [&](auto type, auto width, auto any) {
         using T = decltype(type);

@@ -1,9 +1,9 @@
 /* tilemask: masked attention on NVIDIA GPUs, as a plain C library.
  *
- * One struct per call, filled by the caller and passed by pointer. Every function returns 0, or a
+ * One struct per call, filled by the caller and passed by pointer. What returns int returns 0, or a
  * code of tilemask_error_text(): negative ones are CUDA errors (-cudaError_t), positive ones are
  * below. Nothing is allocated and nothing waits: work goes to the caller's stream, and memory that
- * a call needs beside its results is asked for first (tilemask_*_workspace).
+ * a call needs beside its results is asked for first: tilemask_*_workspace return bytes.
  *
  * Tensors are in device memory. dtype is that of q, k, v, out and of their gradients. Strides and
  * steps are in elements, 0 where a dimension repeats. A NULL pointer means: not given.

@@ -297,8 +297,9 @@ def ninja_file(toolkit: Toolkit, architectures: list[str], folder: Path, stubs: 
     here = relative(folder)
     compile_words = [toolkit.nvcc, *FLAGS, "--compress-mode=size", *gencode(architectures)]
     if os.environ.get("CXX"):
-        compile_words += ["-ccbin", os.environ["CXX"]]
-    link_words = [os.environ.get("CC") or "gcc", "-shared"]
+        compile_words += host_compiler(os.environ["CXX"])
+    compiler = shlex.split(os.environ.get("CC") or "gcc")
+    link_words = [*compiler, "-shared"]
     options = [f"--version-script={here / 'exported.map'}", "-z,defs", "--as-needed", "-s"]
     link_words += [f"-Wl,{option}" for option in options]
     made = [relative(stub).with_suffix("") for stub in stubs]
@@ -312,7 +313,7 @@ def ninja_file(toolkit: Toolkit, architectures: list[str], folder: Path, stubs: 
         "  deps = gcc",
         "  description = nvcc $in",
         "rule stub",
-        f"  command = {quoted(link_words[:1])} -shared -nostdlib -Wl,-soname,$name "
+        f"  command = {quoted(compiler)} -shared -nostdlib -Wl,-soname,$name "
         "-Wl,--version-script=${in}.map $in -o $out",
         "rule link",
         f"  command = {quoted(link_words)} $in {quoted(libraries)} -o $out",
@@ -333,6 +334,14 @@ def ninja_file(toolkit: Toolkit, architectures: list[str], folder: Path, stubs: 
     add("probe.so", [folder / "probe.cu"])
     add(LIBRARY, sources())
     return "\n".join(lines) + "\n"
+
+
+def host_compiler(words: str) -> list[str]:
+    """nvcc's options for CXX, which may have options of its own, and a launcher before it."""
+    program, *options = shlex.split(words)
+    if options and Path(program).name in ("ccache", "sccache", "distcc"):
+        program, *options = options  # nvcc calls one program, without arguments
+    return ["-ccbin", program, *(word for option in options for word in ("-Xcompiler", option))]
 
 
 def has_glibc() -> bool:

@@ -901,6 +901,8 @@ def decode_cases() -> list[Case]:
     bits = dense(random_bits("long", (3, 1100), 0.01)) & padding([1100, 600])
     add("long_bits", bits, Lq=3, softcap=2.0, poison=True, **long)
     add("long_bias", bias="1H1K", alibi="H", dropout_p=0.2, dropout_seed=4, **long)
+    # more heads that share a key head than a tile has rows
+    add("long_group", padding([1100, 40]), poison=True, lse_grad=True, **long | {"Hq": 20})
     return cases
 
 

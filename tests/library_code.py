@@ -122,16 +122,46 @@ def readable(symbol: str) -> str:
     return f"{name}<{', '.join(words)}>"
 
 
-def scores_per_thread(kernel: Kernel) -> int:
-    """How many scores of a tile one thread has: products are counted by what they share."""
-    shapes = tile_shapes()
-    name, width = kernel.name.split("_")[0], int(re.search(r", (\d+)", kernel.name)[1])
+def width_of(kernel: Kernel) -> int:
+    return int(re.search(r", (\d+)", kernel.name)[1])
+
+
+def shape_of(kernel: Kernel) -> dict[str, int]:
+    """Its TileShape."""
+    name = kernel.name.split("_")[0]
     if name == "forward" and kernel.name.endswith("true>"):
         name = "decode"
     elif name in ("dq", "dkv") and kernel.name.endswith("true>"):
         name = f"general {name}"
-    shape = shapes[name, width]
+    return tile_shapes()[name, width_of(kernel)]
+
+
+def scores_per_thread(kernel: Kernel) -> int:
+    """How many scores of a tile one thread has: products are counted by what they share."""
+    shape = shape_of(kernel)
     return shape["block_m"] * shape["block_n"] // (WARP * shape["warps"])
+
+
+def expected(kernel: Kernel) -> dict[str, int]:
+    """What a warp must execute for a tile: products, loads of their operands from shared memory by
+    blocks of 16 x 16, and copies of 16 bytes into it."""
+    shape, name, width = shape_of(kernel), kernel.name.split("_")[0], width_of(kernel)
+    blocks = width // 16  # across an operand
+    own = shape["row_tiles"]  # blocks of rows (dkv: of columns) that the warp holds
+    walked = shape["block_m" if name == "dkv" else "block_n"] // 16  # by the block of threads
+    share = walked // shape["across"]  # of scores that the warp computes
+    if name == "forward":
+        products, loads = 2, 2 * share * blocks + (own * blocks if width > 64 else 0)
+    elif name == "dq":
+        products, loads = 3, 2 * own * blocks + 3 * share * blocks
+    else:
+        kept = walked * blocks // shape["across"]  # dk's and dv's columns are shared out
+        products, loads = 4, 2 * (own + share) * blocks + 2 * kept
+    return {
+        "HMMA": products * 2 * own * share * blocks,  # 16 x 8 each
+        "LDSM": loads,
+        "LDGSTS": 2 * walked * 16 * (width // 8) // (WARP * shape["warps"]),
+    }
 
 
 @functools.cache
@@ -144,10 +174,12 @@ def tile_shapes() -> dict[tuple[str, int], dict[str, int]]:
         for name, call in calls.items()
         for width in (64, 128, 256)
     )
+    fields = ("block_m", "block_n", "warps", "row_tiles", "across")
     program = (
         '#include <cstdio>\n#include "tiles.h"\n'
-        "void show(const char* name, int width, TileShape s) "
-        '{ std::printf("%s,%d,%d,%d,%d\\n", name, width, s.block_m, s.block_n, s.warps); }\n'
+        "void show(const char* name, int width, TileShape s) {"
+        f'std::printf("%s,%d{",%d" * len(fields)}\\n", name, width'
+        f"{''.join(f', s.{field}' for field in fields)});}}\n"
         f"int main() {{ {lines} }}\n"
     )
 
@@ -162,9 +194,8 @@ def tile_shapes() -> dict[tuple[str, int], dict[str, int]]:
     for line in subprocess.run(
         [made], check=True, capture_output=True, text=True
     ).stdout.splitlines():
-        name, width, block_m, block_n, warps = line.split(",")
-        values = {"block_m": int(block_m), "block_n": int(block_n), "warps": int(warps)}
-        shapes[name, int(width)] = values
+        name, width, *values = line.split(",")
+        shapes[name, int(width)] = dict(zip(fields, map(int, values), strict=True))
     return shapes
 
 

@@ -193,6 +193,17 @@ def test_the_library_needs_nothing_but_the_system(tree):
     assert done.returncode == 1 and "undefined reference to" in done.stdout
 
 
+def test_compilers_with_a_launcher(tree, tmp_path):
+    """CC and CXX as other build systems take them."""
+    launcher = tmp_path / "ccache"
+    launcher.write_text(f'#!/bin/sh\necho "$1" >> {tmp_path}/launched\nexec "$@"\n')
+    launcher.chmod(0o755)
+    paths = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    in_place(tree, CC="ccache gcc", CXX="ccache g++ -pipe", PATH=paths)
+    assert set((tmp_path / "launched").read_text().split()) == {"gcc"}
+    assert "-ccbin g++ -Xcompiler -pipe" in next(tree.rglob("build.ninja")).read_text()
+
+
 @pytest.mark.parametrize(
     "capability, architecture",
     [

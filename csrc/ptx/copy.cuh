@@ -11,10 +11,6 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global,
                : "memory");
 }
 
-__device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
-}
-
 // SIZE bytes, 4, 8 or 16, of which the first `bytes` are read and the others are 0
 template <int SIZE>
 __device__ __forceinline__ void cp_async_ca(uint32_t shared, const void* global, int bytes) {

@@ -4,8 +4,6 @@
 
 #include <stdint.h>
 
-#include "../tilemask.h"
-
 // d[16 x 8] += a[16 x 16] b[16 x 8]; a thread's d: rows lane / 4 and + 8, columns 2 (lane % 4) + t
 __device__ __forceinline__ void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                                  uint32_t b1) {
@@ -63,7 +61,6 @@ __device__ __forceinline__ float cvt_f32_bf16(uint16_t x) {
 
 // The two element types of q, k and v.
 struct Float16 {
-  static constexpr int DTYPE = TILEMASK_FLOAT16;
   static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                              uint32_t b1) {
     mma_m16n8k16_f16(d, a, b0, b1);
@@ -75,7 +72,6 @@ struct Float16 {
 };
 
 struct BFloat16 {
-  static constexpr int DTYPE = TILEMASK_BFLOAT16;
   static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                              uint32_t b1) {
     mma_m16n8k16_bf16(d, a, b0, b1);

@@ -86,6 +86,8 @@ void launch(const CompiledModule& module, const Program& program, const LaunchSh
   }
   std::sort(l.buffers.begin(), l.buffers.end());
   l.stats = &stats;
+  stats.threads = threads;
+  stats.shared_bytes = shared;
   l.random.seed(config.seed);
   for (const auto& [name, address] : module.addresses) l.variable_address[name] = address;
   l.run();
@@ -159,7 +161,7 @@ const char* emu_stats_names(void) {
          "stmatrix stmatrix_wavefronts shared_loads shared_load_wavefronts shared_load_ideal "
          "shared_stores shared_store_wavefronts shared_store_ideal global_loads "
          "global_load_sectors global_stores global_store_sectors local_accesses atomics shuffles "
-         "ex2 cp_async_bytes bulk_bytes";
+         "ex2 cp_async_bytes bulk_bytes threads shared_bytes";
 }
 
 int emu_tensor_map(void* map128, int dtype, const void* base, int rank, const uint64_t* dims,

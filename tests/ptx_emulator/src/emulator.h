@@ -53,7 +53,9 @@ typedef struct {
   uint64_t shuffles;
   uint64_t ex2;  // lanes of ex2
   uint64_t cp_async_bytes;
-  uint64_t bulk_bytes;  // cp.async.bulk and cp.async.bulk.tensor, both ways
+  uint64_t bulk_bytes;    // cp.async.bulk and cp.async.bulk.tensor, both ways
+  uint64_t threads;       // of a block
+  uint64_t shared_bytes;  // of a block, static and dynamic
 } EmuStats;
 
 EMU_API EmuModule* emu_load(const char* ptx_text);  // NULL on failure
