@@ -179,7 +179,7 @@ def test_published_samples(way, dtype):
 
 
 @needs_library
-@pytest.mark.parametrize("case", test_triton.MASKED[::3], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", test_triton.masked(0))
 def test_visited_tiles(way, case):
     """Forward, dQ and dK/dV visit exactly the tiles the mask leaves, once, in their class."""
     visited = way.call(ways.visits, case.name, "bfloat16", None, way.device, way.backend)
@@ -524,6 +524,44 @@ def test_an_error_of_the_library_is_raised(monkeypatch):
         message = r"tilemask_forward\(q \(1, 2, 40, 16\) torch.float16, .*\) failed: the caller's"
         with pytest.raises(RuntimeError, match=message):
             backends.cuda.forward(call_of())
+
+
+@pytest.fixture
+def two_devices():
+    import ptx_emulator
+
+    emulator = ptx_emulator.library()
+    emulator.emu_set_devices(2)
+    yield emulator
+    emulator.emu_set_devices(1)
+
+
+@emulated
+@pytest.mark.parametrize("device", [0, 1, 2])
+def test_the_device_changes_only_where_it_is_another(device, two_devices, monkeypatch):
+    """Then its context, and no other, is made current for the call."""
+    emulator, head_values = two_devices, cuda.head_values
+
+    def on_device(layout, tensor):
+        size, abi, _, kind, stream = head_values(layout, tensor)
+        return size, abi, device, kind, stream
+
+    monkeypatch.setattr(cuda, "head_values", on_device)
+    q = torch.randn(1, 2, 40, 16, dtype=torch.float16, requires_grad=True)
+    mask = masks.dense(torch.rand(40, 40) < 0.5)
+    with ways.EmulatedLibrary().running():
+        if device == 2:
+            with pytest.raises(RuntimeError, match="invalid device ordinal"):
+                tilemask.attention(q, q, q, backend="cuda")
+            assert emulator.emu_launches() == 0
+        else:
+            out = tilemask.attention(q, q, q, mask=mask, backend="cuda")
+            torch.autograd.grad(out, q, torch.ones_like(out))
+            devices = [emulator.emu_launch_device(i) for i in range(emulator.emu_launches())]
+            assert len(devices) > 5 and set(devices) == {device}
+    assert emulator.emu_contexts_made(0) == 0
+    assert (emulator.emu_contexts_made(1) > 5) == (device == 1)
+    assert emulator.emu_contexts_open() == 0
 
 
 @emulated

@@ -10,17 +10,20 @@ import torch
 import ways
 from ways import WAYS
 
+GPU = torch.cuda.is_available()
+
 
 def parameters() -> list:
-    """(case, dtype): each case but the pairs of options in one of the three dtypes; the rest is
-    slow, but on a GPU. (What is compiled runs in test_emulator_triton.py, pairs too.)
+    """(case, dtype): every second case but the pairs of options, in one of the three dtypes; the
+    rest is slow, but on a GPU. (What is compiled of every case runs in test_emulator_triton.py.)
     """
     made = []
     for index, case in enumerate(cases.CASES):
         names = [n for n in ("float32", "bfloat16", "float16") if getattr(torch, n) in case.dtypes]
-        often = names if torch.cuda.is_available() else [names[index % len(names)]]
-        if case.name.startswith("pair_") and not torch.cuda.is_available():
-            often = []
+        often = names
+        if not GPU:
+            seldom = index % 2 or case.name.startswith("pair_")
+            often = [] if seldom else [names[index // 2 % len(names)]]
         for name in names:
             marks = () if name in often else pytest.mark.slow
             made.append(pytest.param(case, name, id=f"{case.name}-{name}", marks=marks))
@@ -115,7 +118,13 @@ def expected_classes(seen: torch.Tensor, block_m: int, block_n: int) -> np.ndarr
 MASKED = [case for case in cases.CASES if case.bias is None and "pair_" not in case.name]
 
 
-@pytest.mark.parametrize("case", MASKED, ids=lambda case: case.name)
+def masked(first: int) -> list:
+    """MASKED; all but every third from ``first`` are slow, but on a GPU."""
+    marks = [() if GPU or i % 3 == first else pytest.mark.slow for i in range(len(MASKED))]
+    return [pytest.param(c, marks=m, id=c.name) for c, m in zip(MASKED, marks, strict=True)]
+
+
+@pytest.mark.parametrize("case", masked(1))
 def test_visited_tiles(way, case):
     """Forward, dQ and dK/dV visit exactly the tiles the mask leaves, once, in their class."""
     visited = way.call(ways.visits, case.name, "bfloat16", (16, 32, 4, 1), way.device)

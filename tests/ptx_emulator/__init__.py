@@ -89,7 +89,11 @@ def library() -> ctypes.CDLL:
         "emu_launches": (c_int, []),
         "emu_launch_kernel": (c_char_p, [c_int]),
         "emu_launch_stats": (POINTER(c_uint64), [c_int]),
+        "emu_launch_device": (c_int, [c_int]),
         "emu_forget_launches": (None, []),
+        "emu_set_devices": (None, [c_int]),
+        "emu_contexts_made": (c_int, [c_int]),
+        "emu_contexts_open": (c_int, []),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(emulator, name)

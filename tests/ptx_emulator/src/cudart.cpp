@@ -67,6 +67,7 @@ struct PushedCall {
 struct Launched {
   std::string kernel;
   EmuStats stats;
+  int device;
 };
 
 struct Runtime {
@@ -79,6 +80,11 @@ struct Runtime {
   std::vector<PushedCall> calls;
   std::vector<Launched> launches;
   Error last = Success;
+  int devices = 1;
+  std::map<int, int> retained, released;  // primary contexts, by device: how often
+  std::vector<int> pushed;                // devices whose context is current, the last one on top
+
+  int device() const { return pushed.empty() ? 0 : pushed.back(); }
 };
 
 // Registration runs before other static constructors.
@@ -173,7 +179,7 @@ Error launch_kernel(const void* function, Dim3 grid, Dim3 block, void** params, 
     LaunchShape shape{{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, uint32_t(shared)};
     EmuStats stats{};
     launch(module, *program, shape, params, config, r.buffers, stats);
-    r.launches.push_back({kernel->name, stats});
+    r.launches.push_back({kernel->name, stats, r.device()});
     return Success;
   } catch (const std::exception& e) {
     return fail(LaunchFailure, e.what());
@@ -189,9 +195,47 @@ int encode_tiled(void* map, int dtype, uint32_t rank, void* base, const uint64_t
              : Success;
 }
 
+// Primary contexts of the driver: a handle is the device's number + 1.
+enum : int { InvalidContext = 201 };
+
+int retain_context(void** context, int device) {
+  if (device < 0 || device >= runtime().devices) return InvalidDevice;
+  ++runtime().retained[device];
+  *context = reinterpret_cast<void*>(intptr_t(device) + 1);
+  return Success;
+}
+
+int release_context(int device) {
+  Runtime& r = runtime();
+  if (r.retained[device] == r.released[device]) return InvalidContext;
+  ++r.released[device];
+  return Success;
+}
+
+int push_context(void* context) {
+  runtime().pushed.push_back(int(reinterpret_cast<intptr_t>(context)) - 1);
+  return Success;
+}
+
+int pop_context(void** context) {
+  Runtime& r = runtime();
+  if (r.pushed.empty()) return InvalidContext;
+  *context = reinterpret_cast<void*>(intptr_t(r.device()) + 1);
+  r.pushed.pop_back();
+  return Success;
+}
+
 Error entry_point(const char* symbol, void** function, int* status) {
-  bool known = std::strcmp(symbol, "cuTensorMapEncodeTiled") == 0;
-  *function = known ? reinterpret_cast<void*>(encode_tiled) : nullptr;
+  static const std::map<std::string, void*> KNOWN = {
+      {"cuTensorMapEncodeTiled", reinterpret_cast<void*>(encode_tiled)},
+      {"cuDevicePrimaryCtxRetain", reinterpret_cast<void*>(retain_context)},
+      {"cuDevicePrimaryCtxRelease", reinterpret_cast<void*>(release_context)},
+      {"cuCtxPushCurrent", reinterpret_cast<void*>(push_context)},
+      {"cuCtxPopCurrent", reinterpret_cast<void*>(pop_context)},
+  };
+  auto found = KNOWN.find(symbol);
+  bool known = found != KNOWN.end();
+  *function = known ? found->second : nullptr;
   if (status) *status = known ? 0 : 1;  // cudaDriverEntryPointSymbolNotFound
   if (!known) set_error(std::string("the driver's ") + symbol + " is not provided");
   return known || status ? Success : remember(SymbolNotFound);
@@ -258,7 +302,24 @@ EMU_API const char* emu_launch_kernel(int index) {
 EMU_API const EmuStats* emu_launch_stats(int index) {
   return &runtime().launches.at(size_t(index)).stats;
 }
+EMU_API int emu_launch_device(int index) { return runtime().launches.at(size_t(index)).device; }
 EMU_API void emu_forget_launches(void) { runtime().launches.clear(); }
+
+EMU_API void emu_set_devices(int count) {
+  Runtime& r = runtime();
+  r.devices = count;
+  r.retained.clear();
+  r.released.clear();
+  r.pushed.clear();
+}
+EMU_API int emu_contexts_made(int device) { return runtime().retained[device]; }
+EMU_API int emu_contexts_open(void) {
+  const Runtime& r = runtime();
+  int open = int(r.pushed.size());
+  for (auto& [device, count] : r.retained) open += count;
+  for (auto& [device, count] : r.released) open -= count;
+  return open;
+}
 
 // ---- what nvcc's host code calls ----
 
@@ -384,18 +445,20 @@ EMU_API int cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
 }
 
 EMU_API int cudaGetDevice(int* device) {
-  *device = 0;
+  *device = runtime().device();
   return Success;
 }
-EMU_API int cudaSetDevice(int device) { return remember(device == 0 ? Success : InvalidDevice); }
+EMU_API int cudaSetDevice(int device) {
+  return remember(device == runtime().device() ? Success : InvalidDevice);
+}
 EMU_API int cudaGetDeviceCount(int* count) {
-  *count = 1;
+  *count = runtime().devices;
   return Success;
 }
 
 EMU_API int cudaDeviceGetAttribute(int* value, int attribute, int device) {
-  if (device != 0) return remember(InvalidDevice);
   const Runtime& r = runtime();
+  if (device < 0 || device >= r.devices) return remember(InvalidDevice);
   switch (attribute) {  // cudaDeviceAttr
     case 1:             // MaxThreadsPerBlock
       *value = 1024;

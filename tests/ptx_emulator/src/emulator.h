@@ -83,7 +83,12 @@ EMU_API void emu_configure(const EmuConfig*, const EmuBuffer*, int buffers);  //
 EMU_API int emu_launches(void);                                               // made so far
 EMU_API const char* emu_launch_kernel(int index);  // the kernel of launch `index`
 EMU_API const EmuStats* emu_launch_stats(int index);
+EMU_API int emu_launch_device(int index);
 EMU_API void emu_forget_launches(void);
+// Devices that share memory, of which 0 is current; contexts are forgotten.
+EMU_API void emu_set_devices(int count);
+EMU_API int emu_contexts_made(int device);  // primary contexts asked for by the driver's functions
+EMU_API int emu_contexts_open(void);        // not released, or still current
 
 #ifdef __cplusplus
 }
