@@ -60,9 +60,11 @@ bench-overhead: $(INSTALLED)  ## what a call costs in Python, on the CPU, in bui
 readme: $(INSTALLED)  ## README's performance section anew from bench/results
 	@$(PY) -m tilemask.bench.readme $(ARGS)
 
-# The package laid out as it is installed: nothing to install, no network.
+# The package laid out as it is installed: nothing to install, no network. The library is made for
+# the GPUs of this machine, if there is an nvcc.
 gpu-bench:  ## 8 minutes of benchmarks with the torch of PYTHON, results in OUT=dir
 	@$(if $(OUT),,$(error gpu-bench needs a directory for its results: make gpu-bench OUT=dir))
+	@TILEMASK_CUDA=$(or $(TILEMASK_CUDA),auto) $(PYTHON) setup.py -q build_library --inplace
 	@rm -rf build/site && mkdir -p build/site && cp -R python/tilemask build/site/tilemask
 	@cp -R kernels build/site/tilemask/kernels && cp -R bench build/site/tilemask/bench
 	@PYTHONPATH=build/site PYTHONUNBUFFERED=1 $(PYTHON) -m tilemask bench --suite gpu --limit 440 \

@@ -507,12 +507,10 @@ def chosen_peers(names: list[str] | None) -> list[Contender]:
     return found
 
 
-def backends_here(names: list[str] | None) -> list[str]:
-    """The backends to time: those asked for, else all that run here, the reference only alone."""
-    if names:
-        return names
-    here = tilemask.available_backends()
-    return [name for name in here if name != "reference"] or here
+def backends_here(names: list[str] | None, device: str) -> list[str]:
+    """The backends to time: those asked for, else those for GPUs, of which one that does not run is
+    reported as left out; without a GPU the reference."""
+    return names or (["cuda", "triton"] if device == "cuda" else ["reference"])
 
 
 @contextlib.contextmanager

@@ -398,7 +398,7 @@ def main(options) -> int:
         print("bench: the suite gpu needs an NVIDIA GPU that torch can use", file=sys.stderr)
         return 2
     try:
-        backends = backends_here(options.backends)
+        backends = backends_here(options.backends, device)
         peers = chosen_peers(options.peers)
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
@@ -413,7 +413,8 @@ def main(options) -> int:
     if options.warm:
         print(f"compiling in {options.warm} processes ...", flush=True)
         share = 90 if limit is None else min(90, limit / 5)
-        warm(options.suite, backends, peers, device, options.warm, share)
+        running = [name for name in backends if name in tilemask.available_backends()]
+        warm(options.suite, running, peers, device, options.warm, share)
         limit = None if limit is None else limit - (time.monotonic() - began)
     run = Run(options.suite, backends, peers, Path(options.out), device, limit, options.only)
     if not run.plan and not set(options.suite) & set(FIGURES):

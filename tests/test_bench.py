@@ -656,6 +656,15 @@ def test_a_peer_leaves_time_to_the_others(monkeypatch, tmp_path):
     assert found["small causal"] == said
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and both may run")
+def test_a_backend_for_gpus_that_does_not_run_is_reported(tmp_path):
+    backends = peers.backends_here(None, "cuda")
+    assert backends == ["cuda", "triton"]
+    left_out = run.Run(["quick"], backends, [], tmp_path, "cpu").document["absent"]
+    assert set(left_out) == {"tilemask cuda", "tilemask triton"}
+    assert "python -m tilemask doctor" in left_out["tilemask cuda"]
+
+
 def test_a_lost_gpu_ends_the_run(monkeypatch, tmp_path):
     def lost():
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
