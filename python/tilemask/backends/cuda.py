@@ -93,7 +93,7 @@ def preferred(call) -> tuple[str, str]:
     elif name == "triton":
         why = "it compiles a kernel for the options of a call, with fewer instructions per score"
     else:
-        why = "its instructions per score are fewer or about as many; it is compiled already"
+        why = "it is compiled already, and needs about as many instructions per score, or fewer"
     return name, why
 
 
