@@ -564,21 +564,38 @@ def test_the_device_changes_only_where_it_is_another(device, two_devices, monkey
     assert emulator.emu_contexts_open() == 0
 
 
+def forward_struct(**sizes: int) -> bytes:
+    """A TilemaskForward without tensors; sizes: those that are not 1."""
+    values = {"head.size": cuda.FORWARD.size, "head.abi": library.ABI}
+    values["head.dtype"] = cuda.DTYPES[torch.float16]
+    values |= dict.fromkeys((f"sizes.{name}" for name in SIZES), 1)
+    values |= {f"sizes.{name}": size for name, size in sizes.items()}
+    given = []
+    for name, kind in cuda.FORWARD.fields.items():
+        given += [values.get(name, 0)] * int(kind[:-1] or 1)
+    return cuda.FORWARD.pack(*given)
+
+
+SIZES = ("batch", "heads", "kv_heads", "len_q", "len_k", "width", "width_v")
+
+
 @emulated
 @pytest.mark.parametrize("batch, refused", [(1 << 16, True), (0, False)])
 def test_more_blocks_than_a_grid_has_are_refused(batch, refused):
     """By the library too, before it touches anything."""
-    values = {"head.size": cuda.FORWARD.size, "head.abi": library.ABI}
-    values["head.dtype"] = cuda.DTYPES[torch.float16]
-    values |= {"sizes.batch": batch, "sizes.heads": 1 << 15, "sizes.kv_heads": 1}
-    values |= {f"sizes.{name}": 1 for name in ("len_q", "len_k", "width", "width_v")}
-    given = []
-    for name, kind in cuda.FORWARD.fields.items():
-        given += [values.get(name, 0)] * int(kind[:-1] or 1)
     with ways.EmulatedLibrary().running():
-        code = library.load().tilemask_forward(cuda.FORWARD.pack(*given))
+        code = library.load().tilemask_forward(forward_struct(batch=batch, heads=1 << 15))
         assert not refused or library.error_text(code).endswith("is out of range")
     assert bool(code) == refused
+
+
+@emulated
+def test_a_struct_of_another_abi_has_no_workspace(monkeypatch):
+    with ways.EmulatedLibrary().running():
+        workspace = library.load().tilemask_forward_workspace
+        assert workspace(forward_struct(len_k=4096)) > 0
+        monkeypatch.setattr(library, "ABI", library.ABI + 1)
+        assert workspace(forward_struct(len_k=4096)) == 0
 
 
 def test_the_ops_keep_the_name_of_the_backend():
