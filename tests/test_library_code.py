@@ -136,6 +136,16 @@ def test_the_report_is_that_of_these_sources():
         assert kernel == kept["kernels"][name], f"{name}: python tests/library_code.py --write"
 
 
+def test_the_build_keeps_to_its_limits():
+    """By the last report: a compiler's seconds are no test of each run."""
+    kept = json.loads((library_code.STATIC / "build.json").read_text())
+    assert kept["files"].keys() == set(SOURCES) == kept["whole"]["objects"].keys()
+    assert kept["architectures"] == library_code.toolchain.ARCHITECTURES
+    assert kept["cpus"] <= 2 and kept["whole"]["seconds"] < 600
+    for costs in kept["files"].values():
+        assert all(cost["seconds"] < 90 and cost["mib"] < 2048 for cost in costs.values())
+
+
 def test_readable_names():
     symbol = "_ZN48_GLOBAL__N__a1d71094_15_sm80_forward_cu_7440856014forward_kernelI8BFloat16"
     name = library_code.readable(symbol + "Li64ELb0ELb1EEEv11ForwardCall")
