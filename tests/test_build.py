@@ -4,6 +4,7 @@ Most tests build a copy of the project whose csrc/ holds two kernels of a few li
 """
 
 import ctypes
+import json
 import os
 import re
 import shutil
@@ -650,3 +651,17 @@ def test_the_wheel_of_the_project(tmp_path):
     kinds = {(2, 80), (2, 86), (2, 89), (2, 90), (2, 100), (2, 120), (1, 80)}
     assert set(machine_code(path)) == kinds
     assert ctypes.CDLL(str(path)).tilemask_abi() == library.ABI
+
+
+def test_the_wheel_was_used_with_every_torch():
+    """The last report of wheel_report.py: these installs take gigabytes."""
+    kept = json.loads((ROOT / "bench/results/static/wheel.json").read_text())
+    assert kept["wheel"].endswith("-py3-none-manylinux2014_x86_64.whl")
+    assert '"manylinux_2_17_x86_64"' in kept["auditwheel"] and kept["bytes"] < 30 << 20
+    used = kept["installed"]
+    assert {one["torch"].rsplit(".", 1)[0] for one in used} == {f"2.{n}" for n in range(10, 16)}
+    assert {one["python"].rsplit(".", 1)[0] for one in used} >= {f"3.{n}" for n in range(10, 14)}
+    for one in used:
+        assert one["abi"] == library.ABI
+        names = re.findall(r"(?:sm_|PTX of )(\w+)", one["library"])
+        assert names == toolchain.ARCHITECTURES
