@@ -1,6 +1,8 @@
 """The Triton kernels, in the interpreter or on a GPU: the common cases, and which tiles they
 visit."""
 
+import itertools
+
 import cases
 import numpy as np
 import pytest
@@ -143,9 +145,20 @@ def test_masks_whose_lists_are_not_ranges_are_among_the_cases():
     assert len(LISTED) > 5
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("tile", [(16, 16), (64, 64), (128, 32)])
-@pytest.mark.parametrize("case", LISTED, ids=lambda case: case.name)
+def listed() -> list:
+    """(case, tile, transposed): per commit each case with one tile, but on a GPU."""
+    made = []
+    tiles = [(16, 16), (64, 64), (128, 32)]
+    for (index, case), (at, tile), across in itertools.product(
+        enumerate(LISTED), enumerate(tiles), (False, True)
+    ):
+        marks = () if GPU or (index + across) % 3 == at else pytest.mark.slow
+        label = f"{case.name}-{tile[0]}x{tile[1]}{'-transposed' * across}"
+        made.append(pytest.param(case, tile, across, marks=marks, id=label))
+    return made
+
+
+@pytest.mark.parametrize("case, tile, transposed", listed())
 def test_lists_name_the_tiles(way, case, tile, transposed):
     check_lists(way, case, tile, transposed)
 
