@@ -50,12 +50,14 @@ def merge_kernel(
     m = tl.max(m_part, 0)
     pivot = tl.where(m == float("-inf"), 0.0, m)
     share = tl.where(there, tl.exp2((m_part - pivot) * UNIT), 0.0)  # [S]
-    l = tl.sum(l_part * share, 0)
+    # fma: a product that is contracted with an addition of the sum would be rounded otherwise in
+    # lanes that stand for the same element
+    l = tl.sum(tl.fma(l_part, share, 0.0), 0)
     dims = tl.arange(0, BLOCK_DV)[None, :]
     acc_part = tl.load(
         parts.acc + where[:, None] * DV + dims, mask=there[:, None] & (dims < DV), other=0.0
     )  # [S, DV]
-    acc = tl.sum(acc_part * share[:, None], 0)  # [DV]
+    acc = tl.sum(tl.fma(acc_part, share[:, None], 0.0), 0)  # [DV]
 
     factor, row_lse, row_rest = softmax_end(m, l, l != 0, score, h, NATURAL)
     if score.seed is not None:
