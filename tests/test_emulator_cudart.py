@@ -21,7 +21,7 @@ def made(arch):
     loaded = cuda.loaded(cuda.posed([SOURCE], arch))
     loaded.error_name.restype = ctypes.c_char_p
     loaded.scaled.argtypes = [c_void_p, c_int, c_float, c_int, c_void_p]
-    loaded.out_of_bounds.argtypes = [c_void_p]
+    loaded.out_of_bounds.argtypes = loaded.reversed.argtypes = [c_void_p]
     loaded.tile_of.argtypes = [c_void_p, c_void_p, c_int, c_int, c_int, c_int]
     return loaded
 
@@ -35,12 +35,26 @@ def test_a_launch(made, arch, shared):
         ((kernel, counts),) = cuda.launches()
     assert torch.equal(x, torch.arange(1000.0) * 3 + 0.5)
     assert "scale" in kernel and counts["blocks"] == 8
+    assert counts["shared_bytes"] == shared
+
+
+def test_static_shared_memory_is_that_of_the_kernel(made, arch):
+    x = torch.arange(128.0)
+    with cuda.posing(arch, buffers=[x]):
+        assert made.reversed(x.data_ptr()) == 0
+        ((_, counts),) = cuda.launches()
+    assert torch.equal(x, torch.arange(128.0).flip(0))
+    assert counts["shared_bytes"] == 128 * 4
+
+
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # of a block, at most
 
 
 def test_the_device_is_the_one_asked_for(made, arch):
-    with cuda.posing(arch):
-        assert made.capability() == arch
-        assert made.shared_memory_of_a_block() == {80: 163, 90: 227}[arch] * 1024
+    for device in (device for device in SHARED_KIB if device >= arch):
+        with cuda.posing(device):
+            assert made.capability() == device
+            assert made.shared_memory_of_a_block() == SHARED_KIB[device] * 1024
 
 
 def test_a_fault_is_an_error_code_and_a_message(made, arch):

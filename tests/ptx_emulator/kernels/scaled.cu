@@ -29,6 +29,18 @@ extern "C" int scaled(float* x, int n, float factor, int shared, void* stream) {
   return cudaGetLastError();
 }
 
+__global__ void reverse(float* x) {
+  __shared__ float all[128];
+  all[threadIdx.x] = x[threadIdx.x];
+  __syncthreads();
+  x[threadIdx.x] = all[127 - threadIdx.x];
+}
+
+extern "C" int reversed(float* x) {
+  reverse<<<1, 128>>>(x);
+  return cudaGetLastError();
+}
+
 __global__ void outside(float* x) { x[threadIdx.x] = 1; }
 
 extern "C" int out_of_bounds(float* x) {

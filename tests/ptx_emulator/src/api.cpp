@@ -64,7 +64,7 @@ void launch(const CompiledModule& module, const Program& program, const LaunchSh
       shape.grid[1] > 65535 || shape.grid[2] > 65535)
     throw Fault(format("%s: a grid of %u x %u x %u blocks", program.name.c_str(), shape.grid[0],
                        shape.grid[1], shape.grid[2]));
-  uint64_t shared = uint64_t(program.static_shared) + shape.dynamic_shared;
+  uint64_t shared = uint64_t(program.own_shared) + shape.dynamic_shared;
   if (shared > 227 * 1024)
     throw Fault(format("%s: %llu bytes of shared memory, a block has at most %d",
                        program.name.c_str(), (unsigned long long)shared, 227 * 1024));

@@ -103,7 +103,12 @@ Error fail(Error e, const std::string& text) {
   return remember(e);
 }
 
-uint32_t shared_limit() { return (runtime().arch >= 90 ? 227 : 163) * 1024; }
+// of a block; a multiprocessor has 1 KiB more
+uint32_t shared_limit() {
+  const int arch = runtime().arch;
+  const bool small = arch == 86 || arch == 89 || arch >= 120;
+  return (small ? 99 : arch >= 90 ? 227 : 163) * 1024;
+}
 
 template <class T>
 T read(const uint8_t* from) {
@@ -163,10 +168,10 @@ Error launch_kernel(const void* function, Dim3 grid, Dim3 block, void** params, 
     CompiledModule& module = module_of(*kernel->binary);
     const Program* program = module.find(kernel->name);
     if (!program) return fail(InvalidDeviceFunction, "the PTX has no kernel " + kernel->name);
-    if (shared > kernel->dynamic_limit || program->static_shared + shared > shared_limit())
+    if (shared > kernel->dynamic_limit || program->own_shared + shared > shared_limit())
       return fail(InvalidValue, format("%s: %zu bytes of dynamic and %u of static shared memory; "
                                        "cudaFuncSetAttribute allows %u, the device %u",
-                                       kernel->name.c_str(), shared, program->static_shared,
+                                       kernel->name.c_str(), shared, program->own_shared,
                                        kernel->dynamic_limit, shared_limit()));
     uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
     uint64_t threads = uint64_t(block.x) * block.y * block.z;
@@ -415,7 +420,7 @@ EMU_API int cudaFuncGetAttributes(FunctionAttributes* out, const void* function)
     if (!p) return fail(InvalidDeviceFunction, "the PTX has no kernel " + kernel->name);
     uint32_t most = p->function.max_threads;
     *out = FunctionAttributes{};
-    out->shared = p->static_shared;
+    out->shared = p->own_shared;
     out->local = p->local_bytes;
     out->max_threads = most ? int(most) : 1024;
     out->ptx_version = out->binary_version = runtime().arch;

@@ -405,11 +405,33 @@ void find_wgmma_registers(Program& p) {
       for (uint32_t r : *list) op.touches |= operand[r] != 0;
 }
 
+// The static shared variables among a function's operands.
+void find_shared(const Module& module, const std::vector<Operand>& operands,
+                 std::set<const Variable*>& found) {
+  for (const Operand& operand : operands) {
+    auto named = module.variables.find(operand.text);
+    if (operand.kind == Operand::Kind::Symbol && named != module.variables.end()) {
+      const Variable& v = named->second;
+      if (v.space == Space::Shared && !v.external) found.insert(&v);
+    }
+    find_shared(module, operand.parts, found);
+  }
+}
+
+uint32_t shared_of(const Module& module, const Function& function) {
+  std::set<const Variable*> found;
+  for (const Instruction& in : function.code) find_shared(module, in.operands, found);
+  uint64_t bytes = 0;
+  for (const Variable* v : found) bytes = (bytes + v->align - 1) / v->align * v->align + v->size;
+  return uint32_t(bytes);
+}
+
 std::unique_ptr<Program> decode(const Module& module, const Function& function) {
   auto program = std::make_unique<Program>();
   program->name = function.name;
   program->function = with_calls_inline(module, function);
   program->static_shared = module.static_shared;
+  program->own_shared = shared_of(module, program->function);
   Function& f = program->function;
   for (auto& [name, v] : f.locals) {
     program->local_bytes = uint32_t((program->local_bytes + v.align - 1) / v.align * v.align);

@@ -56,7 +56,8 @@ struct Program {
   std::vector<Special> specials;
   std::vector<std::pair<uint32_t, std::string>> symbols;  // offsets that hold addresses
   uint32_t local_bytes = 0;                               // of a lane
-  uint32_t static_shared = 0;
+  uint32_t static_shared = 0;  // of the module: where dynamic shared memory starts
+  uint32_t own_shared = 0;     // of it, what the kernel names and a GPU gives it
   bool wgmma = false;
   std::vector<uint8_t> wgmma_register;  // by register: an operand of wgmma, or moved into one
 };
