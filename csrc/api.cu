@@ -58,6 +58,10 @@ extern "C" int tilemask_tile(int kernel, int width, int32_t tile[2]) {
     case TILEMASK_DKV:
       shape = dkv_tile(width);
       break;
+    case TILEMASK_DQKV:
+      if (width > 128) return TILEMASK_WRONG_SIZE;
+      shape = dqkv_tile(width);
+      break;
     default:
       return TILEMASK_WRONG_SIZE;
   }

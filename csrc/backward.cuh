@@ -1,13 +1,13 @@
-// What the two kernels of the backward have in common.
+// What the kernels of the backward have in common.
 //
 //   p  = exp(scale * q k^T - lse), masked          ds = p * (do v^T - delta)
 //   dv = p^T do      dk = scale * ds^T q      dq = scale * ds k
 //   delta = rowsum(do * out) - dlse
 //
-// FlashAttention-2 (Dao, arXiv:2307.08691) without atomics, so gradients are the same in every run:
-// dq_kernel walks the column blocks of a row block, dkv_kernel the row blocks of a column block.
-// The price is that scores and do v^T are computed twice, seven products instead of five: 1.7 to
-// 1.9 times the instructions per score of FlashAttention-2's kernel (bench/results/README.md).
+// FlashAttention-2 (Dao, arXiv:2307.08691) without atomic additions, so gradients are the same in
+// every run. dqkv_kernel does it in five products, for affine masks; see there for its order.
+// Others, options, and widths over 128 take seven in two kernels: dq_kernel walks the column blocks
+// of a row block, dkv_kernel the row blocks of a column block, and both compute scores and do v^T.
 //
 // Where scores are only scaled products, what is subtracted from a product is where its accumulator
 // starts: -delta in do v^T, and -rest / scale in q k^T, whose scaling is part of the exp2.
@@ -26,6 +26,10 @@ struct BackwardCall : TilemaskBackward {
 
 // Below it, dividing by the scale could overflow: such calls take the general kernels.
 constexpr float LEAST_SCALE = 1e-30f;
+
+// Bytes that dqkv_kernel needs for a call, 0 where dq_kernel and dkv_kernel run it.
+int64_t dqkv_workspace(const BackwardCall& call, bool general);
+int launch_dqkv(const BackwardCall& call);
 
 int launch_dq(const BackwardCall& call, bool general);
 int launch_dkv(const BackwardCall& call, bool general);

@@ -27,8 +27,8 @@
 //     not per score; shared memory is busy for 75 cycles a score, tensor cores for 64
 //   width 256 (32 x 32):  16 mma, 12 ldmatrix, 1 exchange, 4, 1.6 lse and delta, 4 copies = 38.6;
 //     at most 86, with 8 scores a step
-// Partial tiles: at most 22 more at width 64, of which the words of columns and the select are
-// half; 36 at width 128, where a thread has words for twice as many columns as it has rows; 41 at
+// Partial tiles: at most 17 more at width 64, of which the words of columns and the select are
+// half; 29 at width 128, where a thread has words for twice as many columns as it has rows; 34 at
 // width 256.
 #include "backward.cuh"
 #include "mask.cuh"

@@ -15,7 +15,7 @@
 //     loop
 //   width 128 (128 x 32):  6 mma, 2.5 ldmatrix, 3.5, 0.5 copies = 12.5; at most 19
 //   width 256 (64 x 16):  12 mma, 10 ldmatrix, 3.5, 3.2 copies = 28.7; at most 53
-// Partial tiles: at most 14 more, of which the words of rows and the select are 5; 41 at width
+// Partial tiles: at most 12 more, of which the words of rows and the select are 4; 39 at width
 // 256, where a thread has 8 scores to share them.
 #include "backward.cuh"
 #include "mask.cuh"

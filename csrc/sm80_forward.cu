@@ -14,7 +14,7 @@
 //   width 128, 128 x 32: 4 mma, 1.5 ldmatrix, 4.5 softmax, 0.8 copies = 10.8; at most 16
 //   width 256, 64 x 32: 8 mma, 5 ldmatrix, 4.5 softmax, 3.2 copies = 20.7; at most 31
 // and for acc * rescale, which softmax_step seldom does, 1.2, 4.5 and 9 more. Partial tiles: at
-// most 8, 14 and 26 more, the words of all kinds of masks included, of which a call uses some.
+// most 8, 12 and 24 more, the words of all kinds of masks included, of which a call uses some.
 #include "forward.cuh"
 #include "launch.cuh"
 #include "mask.cuh"

@@ -18,7 +18,7 @@ extern "C" {
 #endif
 
 #define TILEMASK_API __attribute__((visibility("default")))
-#define TILEMASK_ABI 1 /* grows with every change of a struct */
+#define TILEMASK_ABI 2 /* grows with every change of a struct */
 
 enum { TILEMASK_FLOAT16 = 1, TILEMASK_BFLOAT16 = 2, TILEMASK_FLOAT32 = 3 }; /* 3: bias, sums only */
 
@@ -32,7 +32,13 @@ enum {
   TILEMASK_NO_KERNEL = 6,    /* the library has no code for this GPU */
 };
 
-enum { TILEMASK_FORWARD = 0, TILEMASK_DECODE = 1, TILEMASK_DQ = 2, TILEMASK_DKV = 3 };
+enum {
+  TILEMASK_FORWARD = 0,
+  TILEMASK_DECODE = 1,
+  TILEMASK_DQ = 2,
+  TILEMASK_DKV = 3,
+  TILEMASK_DQKV = 4, /* dQ, dK and dV in one pass, for widths up to 128 */
+};
 
 /* [B, heads, length, width], last stride 1 */
 typedef struct TilemaskTensor {
@@ -117,7 +123,9 @@ typedef struct TilemaskForward {
   int32_t reserved;
 } TilemaskForward;
 
-/* Gradients. delta is written by the first kernel and read by the second. */
+/* Gradients. Calls with an affine mask and without options take one pass where the GPU has room for
+ * it, and a workspace, of which dQ in float32 is the most; others take one for dQ and one for dK
+ * and dV. Visits are counted by the kernels that run. */
 typedef struct TilemaskBackward {
   TilemaskHead head;
   TilemaskTensor q, k, v, out, dout, dq, dk, dv;
@@ -127,6 +135,9 @@ typedef struct TilemaskBackward {
   float* delta;      /* [B, H, Lq], written: rowsum(dout * out) - dlse */
   int32_t* visits_dq;
   int32_t* visits_dkv;
+  int32_t* visits_dqkv;
+  void* workspace;
+  int64_t workspace_size;       /* bytes */
   TilemaskMask mask;            /* for dQ */
   TilemaskMask mask_transposed; /* for dK and dV: words [.., groups of rows|1, Lk, 4], by column */
   TilemaskLists lists;          /* of row blocks, for dQ */
@@ -196,12 +207,13 @@ TILEMASK_API const char* tilemask_error_text(int code);
 /* 0 if the GPU can run the library, else an error code. */
 TILEMASK_API int tilemask_check_device(int device);
 
-/* The tile (rows, columns) of a kernel, TILEMASK_FORWARD to TILEMASK_DKV. width: the larger of D
+/* The tile (rows, columns) of a kernel, TILEMASK_FORWARD to TILEMASK_DQKV. width: the larger of D
  * and Dv. */
 TILEMASK_API int tilemask_tile(int kernel, int width, int32_t tile[2]);
 
 TILEMASK_API int64_t tilemask_forward_workspace(const TilemaskForward*);
 TILEMASK_API int tilemask_forward(const TilemaskForward*);
+TILEMASK_API int64_t tilemask_backward_workspace(const TilemaskBackward*);
 TILEMASK_API int tilemask_backward(const TilemaskBackward*);
 TILEMASK_API int64_t tilemask_sums_workspace(const TilemaskSums*);
 TILEMASK_API int tilemask_sums(const TilemaskSums*);

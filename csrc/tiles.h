@@ -13,6 +13,7 @@ struct TileShape {
 constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xFFFFFFFFu;
 constexpr int MOST_SHARED = 99 * 1024;  // bytes of a block on sm_86, sm_89 and sm_120
+constexpr int RESERVED_SHARED = 1024;   // by the driver, of every block
 
 // Chosen by counting registers and shared memory; no GPU has measured them yet.
 constexpr TileShape forward_tile(int width) {
@@ -37,6 +38,12 @@ constexpr TileShape dkv_tile(int width, bool general = false) {
   if (width <= 64) return general ? TileShape{32, 128, 8, 1, 1} : TileShape{32, 128, 4, 2, 1};
   if (width <= 128) return {32, 64, 4, 2, 2};
   return {32, 32, 4, 1, 2};
+}
+
+// dQ, dK and dV at once. Only on GPUs with room for it: see has_room.
+constexpr TileShape dqkv_tile(int width) {
+  if (width <= 64) return {32, 128, 4, 2, 1};
+  return {64, 128, 8, 2, 2};
 }
 
 constexpr int DECODE_ROWS = 16;  // up to so many query rows run in decode tiles

@@ -61,6 +61,7 @@ def report() -> dict:
         "command": "python tests/build_report.py --write",
         "made": datetime.date.today().isoformat(),
         "nvcc": library_code.nvcc_release(),
+        "sources_sha256": library_code.sources_sha256(),
         "cpus": len(os.sched_getaffinity(0)),
         "machine": platform.machine(),
         "architectures": toolchain.ARCHITECTURES,

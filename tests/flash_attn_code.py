@@ -21,7 +21,7 @@ from pathlib import Path
 import aot
 import library_code
 import nvcc
-from library_code import STATIC, WARP, Kernel, contains, loop_report, parsed
+from library_code import STATIC, WARP, Kernel, contains, loop_report, parsed, shortest
 from ptx_emulator import build
 
 ARCH = "sm_80"
@@ -110,8 +110,9 @@ CHOICES = [
 ]
 
 
-def compiled(csrc: Path, choice: Choice, causal: bool) -> tuple[Kernel, int]:
-    """The kernel, whose one loop is that over tiles, and where in its instructions that begins."""
+def compiled(csrc: Path, choice: Choice, causal: bool) -> tuple[Kernel, int, list[list[int]]]:
+    """The kernel, whose one loop is that over tiles, where in its instructions that begins, and
+    which instruction may follow which."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for header, text in TORCH.items():
@@ -124,7 +125,7 @@ def compiled(csrc: Path, choice: Choice, causal: bool) -> tuple[Kernel, int]:
         usage = aot.run_tool("cuobjdump", "-res-usage", str(folder / "kernel.cubin"))
         code = aot.run_tool("nvdisasm", "-c", str(folder / "kernel.cubin"))
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    instructions, spans = parsed(re.split(r"\.section\s+\.text\.", code)[1])
+    instructions, spans, ways = parsed(re.split(r"\.section\s+\.text\.", code)[1])
     first, last = loop_over_tiles(instructions, spans)
     loop = instructions[first:last]
     expected = PRODUCTS[choice.direction] * choice.scores_per_thread * choice.width // 64
@@ -132,7 +133,8 @@ def compiled(csrc: Path, choice: Choice, causal: bool) -> tuple[Kernel, int]:
         raise RuntimeError(
             f"the loop of {choice.name(causal)} has {loop.count('HMMA')} products, not {expected}"
         )
-    return Kernel(choice.name(causal), registers, stack, instructions, [loop]), first
+    least = [shortest(ways, first, last)]
+    return Kernel(choice.name(causal), registers, stack, instructions, [loop], least), first, ways
 
 
 def loop_over_tiles(instructions: list[str], spans: list[tuple[int, int]]) -> tuple[int, int]:
@@ -144,13 +146,15 @@ def loop_over_tiles(instructions: list[str], spans: list[tuple[int, int]]) -> tu
     return min(first for first, _ in inner), max(last for _, last in inner)
 
 
-def loop_reports(kernel: Kernel, begin: int, choice: Choice, causal: bool) -> dict[str, dict]:
+def loop_reports(
+    kernel: Kernel, begin: int, ways: list[list[int]], choice: Choice, causal: bool
+) -> dict[str, dict]:
     """As in library_code.py. The causal backward kernel has one loop, which masks every tile. The
     causal forward kernel has the tiles on the diagonal unrolled ahead of its loop: from the barrier
     before their first product.
     """
     (loop,) = kernel.loops
-    full = loop_report(loop, choice.scores_per_thread)
+    full = loop_report(loop, choice.scores_per_thread, kernel.least[0])
     if not causal:
         return {"full": full}
     if choice.direction == "backward":
@@ -159,7 +163,8 @@ def loop_reports(kernel: Kernel, begin: int, choice: Choice, causal: bool) -> di
     barrier = max(i for i in range(product) if kernel.instructions[i] == "BAR")
     ahead = kernel.instructions[barrier:begin]
     tiles = ahead.count("HMMA") // loop.count("HMMA")
-    partial = loop_report(ahead, choice.scores_per_thread * tiles)
+    least = shortest(ways, barrier, begin)
+    partial = loop_report(ahead, choice.scores_per_thread * tiles, least)
     return {"full": full, "partial": {"tiles": tiles, **partial}}
 
 
@@ -167,7 +172,7 @@ def report(csrc: Path) -> dict:
     found = {}
     for choice in CHOICES:
         for causal in choice.causal:
-            kernel, begin = compiled(csrc, choice, causal)
+            kernel, begin, ways = compiled(csrc, choice, causal)
             found[kernel.name] = {
                 "chosen_on": list(choice.gpus),
                 "block_m": choice.block_m,
@@ -176,7 +181,7 @@ def report(csrc: Path) -> dict:
                 "registers": kernel.registers,
                 "spills": kernel.spills,
                 "scores_per_thread": choice.scores_per_thread,
-                "loops": loop_reports(kernel, begin, choice, causal),
+                "loops": loop_reports(kernel, begin, ways, choice, causal),
             }
     return found
 
@@ -200,13 +205,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="to bench/results/static/")
     options = parser.parse_args()
     kept = {**provenance(options.folder), "kernels": report(options.folder / "csrc")}
-    for name, kernel in kept["kernels"].items():
-        for kind, loop in kernel["loops"].items():
-            busiest = ", ".join(f"{pipe} {n}" for pipe, n in loop["cycles"].items())
-            print(
-                f"{name:28} {kernel['registers']:3} registers, {kernel['spills']:3} spills,"
-                f" {kind:7} {loop['per_score']:6.2f} instructions per score; cycles: {busiest}"
-            )
+    library_code.show(kept["kernels"])
     if options.write:
         (STATIC / "flash_attn_2.json").write_text(json.dumps(kept, indent=1) + "\n")
 

@@ -30,7 +30,7 @@ from nvcc import toolchain  # noqa: E402
 from ptx_emulator import build  # noqa: E402
 
 STATIC = ROOT / "bench" / "results" / "static"
-LOOPS = ("sm80_forward", "sm80_dq", "sm80_dkv")  # sources of kernels that loop over tiles
+LOOPS = ("sm80_forward", "sm80_dqkv", "sm80_dq", "sm80_dkv")  # sources of loops over tiles
 WARP = 32
 
 # Cycles for which a warp's instruction occupies a part of sm_80 that one scheduler uses, or its
@@ -58,6 +58,7 @@ class Kernel:
     stack: int  # bytes
     instructions: list[str]  # mnemonics
     loops: list[list[str]]  # those over tiles: the innermost ones with products, shortest first
+    least: list[int]  # instructions of a loop that no branch leaves out
 
     @property
     def spills(self) -> int:
@@ -84,11 +85,13 @@ def kernels(source: str, arch: str) -> list[Kernel]:
     for section in sections[1:]:
         symbol = section.split(",")[0]
         registers, stack = map(int, re.findall(r"\d+", resources[symbol]))
-        instructions, spans = parsed(section)
+        instructions, spans, ways = parsed(section)
         with_products = [s for s in spans if "HMMA" in instructions[s[0] : s[1]]]
         inner = [a for a in with_products if not any(contains(a, b) for b in with_products)]
-        bodies = sorted((instructions[first:last] for first, last in inner), key=len)
-        found.append(Kernel(readable(symbol), registers, stack, instructions, bodies))
+        inner.sort(key=lambda span: span[1] - span[0])
+        bodies = [instructions[first:last] for first, last in inner]
+        least = [shortest(ways, *span) for span in inner]
+        found.append(Kernel(readable(symbol), registers, stack, instructions, bodies, least))
     return found
 
 
@@ -96,20 +99,39 @@ def contains(a: tuple[int, int], b: tuple[int, int]) -> bool:
     return a != b and a[0] <= b[0] and b[1] <= a[1]
 
 
-def parsed(section: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """The mnemonics of a function, and its loops: first instruction, and past the last."""
+def parsed(section: str) -> tuple[list[str], list[tuple[int, int]], list[list[int]]]:
+    """The mnemonics of a function; its loops: first instruction, and past the last; and which
+    instructions may follow each."""
     labels, instructions, branches = {}, [], []
     for line in section.splitlines():
         label = re.match(r"\s*(\.L_x_\d+):", line)
         if label:
             labels[label[1]] = len(instructions)
-        found = re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)([^;]*)", line)
-        if found and found[1] != "NOP":
-            instructions.append(found[1])
-            target = re.search(r"`\((\.L_x_\d+)\)", found[2])
-            if found[1] == "BRA" and target:
-                branches.append((len(instructions), target[1]))
-    return instructions, [(labels[t], i) for i, t in branches if labels.get(t, i) < i]
+        found = re.search(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_]+)([^;]*)", line)
+        if found and found[2] != "NOP":
+            target = re.search(r"`\((\.L_x_\d+)\)", found[3])
+            if found[2] == "BRA" and target:
+                other = found[3].split("`")[0]  # .DIV, or a second predicate
+                always = not found[1] and not re.search(r"DIV|U?P\d", other)
+                branches.append((len(instructions), target[1], always))
+            instructions.append(found[2])
+    ways = [[i + 1] for i in range(len(instructions))]
+    for i, target, always in branches:
+        if target in labels:
+            ways[i] = [labels[target]] if always else [i + 1, labels[target]]
+    spans = [(labels[t], i + 1) for i, t, _ in branches if labels.get(t, i + 1) <= i]
+    return instructions, spans, ways
+
+
+def shortest(ways: list[list[int]], first: int, last: int) -> int:
+    """Instructions on the shortest way from ``first`` to ``last`` without going back."""
+    reached = {first: 0}
+    for i in range(first, last):
+        if i in reached:
+            own = [last if i == last - 1 else way for way in ways[i]]
+            for way in (w for w in own if i < w <= last):
+                reached[way] = min(reached.get(way, last), reached[i] + 1)
+    return reached[last]
 
 
 def readable(symbol: str) -> str:
@@ -147,27 +169,35 @@ def expected(kernel: Kernel) -> dict[str, int]:
     blocks of 16 x 16, and copies of 16 bytes into it."""
     shape, name, width = shape_of(kernel), kernel.name.split("_")[0], width_of(kernel)
     blocks = width // 16  # across an operand
-    own = shape["row_tiles"]  # blocks of rows (dkv: of columns) that the warp holds
-    walked = shape["block_m" if name == "dkv" else "block_n"] // 16  # by the block of threads
+    own = shape["row_tiles"]  # blocks of rows (dkv, dqkv: of columns) that the warp holds
+    columns = name in ("dkv", "dqkv")
+    walked = shape["block_m" if columns else "block_n"] // 16  # by the block of threads
     share = walked // shape["across"]  # of scores that the warp computes
     if name == "forward":
         products, loads = 2, 2 * share * blocks + (own * blocks if width > 64 else 0)
     elif name == "dq":
         products, loads = 3, 2 * own * blocks + 3 * share * blocks
+    elif name == "dqkv":
+        kept = walked * blocks // shape["across"]  # of do and q
+        other = own * share * (shape["across"] - 1)  # of ds, that another warp computed
+        rows = 2  # of dq, by 16
+        dq = shape["block_n"] // 16 * (rows + walked * blocks // (shape["warps"] * rows))
+        products, loads = 5, 2 * (own + share) * blocks + 2 * kept + other + dq
     else:
         kept = walked * blocks // shape["across"]  # dk's and dv's columns are shared out
         products, loads = 4, 2 * (own + share) * blocks + 2 * kept
     return {
         "HMMA": products * 2 * own * share * blocks,  # 16 x 8 each
         "LDSM": loads,
-        "LDGSTS": 2 * walked * 16 * (width // 8) // (WARP * shape["warps"]),
+        # dqkv: and one of what rows_kernel left
+        "LDGSTS": 2 * walked * 16 * (width // 8) // (WARP * shape["warps"]) + (name == "dqkv"),
     }
 
 
 @functools.cache
 def tile_shapes() -> dict[tuple[str, int], dict[str, int]]:
     """What csrc/tiles.h says, by kernel and width."""
-    calls = {name: f"{name}_tile(%d)" for name in ("forward", "decode", "dq", "dkv")}
+    calls = {name: f"{name}_tile(%d)" for name in ("forward", "decode", "dq", "dkv", "dqkv")}
     calls |= {f"general {name}": f"{name}_tile(%d, true)" for name in ("dq", "dkv")}
     lines = "".join(
         f'show("{name}", {width}, {call % width});'
@@ -199,8 +229,9 @@ def tile_shapes() -> dict[tuple[str, int], dict[str, int]]:
     return shapes
 
 
-def loop_report(body: list[str], scores: int) -> dict:
-    """What a loop over tiles executes at most, its rarely taken branches included."""
+def loop_report(body: list[str], scores: int, least: int) -> dict:
+    """What a loop over tiles executes at most, its rarely taken branches included, and at least:
+    the last tile, of a mask that needs nothing in particular."""
     counts = collections.Counter(body)
     cycles = {
         pipe: sum(counts[name] * cost for name, cost in costs.items())
@@ -210,6 +241,7 @@ def loop_report(body: list[str], scores: int) -> dict:
     return {
         "instructions": len(body),
         "per_score": round(len(body) / scores, 2),
+        "least_per_score": round(least / scores, 2),
         "cycles": cycles,
         "bound_by": max(cycles, key=cycles.get),
         "counts": dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
@@ -221,29 +253,51 @@ def report(arch: str) -> dict:
     found = {}
     for source in LOOPS:
         for kernel in kernels(source, arch):
-            if "<BFloat16" not in kernel.name:
+            if "<BFloat16" not in kernel.name or not kernel.loops:
                 continue
             scores = scores_per_thread(kernel)
-            loops = dict(zip(("full", "partial"), kernel.loops, strict=True))
+            full, partial = zip(kernel.loops, kernel.least, strict=True)
             found[kernel.name] = {
                 "registers": kernel.registers,
                 "scores_per_thread": scores,
-                "loops": {name: loop_report(body, scores) for name, body in loops.items()},
+                "loops": {
+                    "full": loop_report(full[0], scores, full[1]),
+                    "partial": loop_report(partial[0], scores, partial[1]),
+                },
             }
     return dict(sorted(found.items()))
 
 
-def provenance(arch: str) -> dict:
+def show(found: dict) -> None:
+    """Prints a report, a loop in a line."""
+    widest = max(map(len, found))
+    for name, kernel in found.items():
+        for kind, loop in kernel["loops"].items():
+            busiest = ", ".join(f"{pipe} {n}" for pipe, n in loop["cycles"].items())
+            spills = f" {kernel['spills']:3} spills," if "spills" in kernel else ""
+            print(
+                f"{name:{widest}} {kernel['registers']:3} registers,{spills} {kind:7}"
+                f" {loop['least_per_score']:5.1f} to {loop['per_score']:5.1f} instructions per"
+                f" score; cycles: {busiest}"
+            )
+
+
+def sources_sha256() -> str:
+    """Of what the library is compiled from."""
     digest = hashlib.sha256()
     for path in sorted(toolchain.CSRC.rglob("*.*")):
         if path.suffix in (".cu", ".cuh", ".h"):
             digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def provenance(arch: str) -> dict:
     return {
         "command": "python tests/library_code.py --write",
         "made": datetime.date.today().isoformat(),
         "nvcc": nvcc_release(),
         "architecture": f"sm_{arch}",
-        "sources_sha256": digest.hexdigest(),
+        "sources_sha256": sources_sha256(),
     }
 
 
@@ -260,13 +314,7 @@ def main() -> None:
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda source: kernels(source, options.arch), LOOPS))
     kept = {**provenance(options.arch), "kernels": report(options.arch)}
-    for name, kernel in kept["kernels"].items():
-        for kind, loop in kernel["loops"].items():
-            busiest = ", ".join(f"{pipe} {n}" for pipe, n in loop["cycles"].items())
-            print(
-                f"{name:44} {kernel['registers']:3} registers, {kind:7}"
-                f" {loop['per_score']:6.2f} instructions per score; cycles: {busiest}"
-            )
+    show(kept["kernels"])
     if options.write:
         STATIC.mkdir(exist_ok=True)
         text = json.dumps(kept, indent=1)

@@ -2,6 +2,7 @@
 every race, missing wait and stray access an error; its structs, and who chooses it."""
 
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import cases
 import numpy as np
+import nvcc
 import published
 import pytest
 import test_source_cases
@@ -59,6 +61,7 @@ NUMBERS = {
     "TILEMASK_DECODE": cuda.KERNELS["decode"],
     "TILEMASK_DQ": cuda.KERNELS["dq"],
     "TILEMASK_DKV": cuda.KERNELS["dkv"],
+    "TILEMASK_DQKV": cuda.KERNELS["dqkv"],
 }
 KIND = """
 #define KIND(x) _Generic((x), uint32_t: 'I', int32_t: 'i', int64_t: 'q', float: 'f', default: 'P')
@@ -114,7 +117,8 @@ def test_numbers_are_those_of_the_header(header):
 
 def parameters() -> list:
     """(case, dtype, schedule, architecture). Per commit each case in one of the two dtypes for
-    sm_80, under a schedule of its own; the other dtype is slow, and so is most of sm_90a."""
+    sm_80, under a schedule of its own; the other dtype is slow, and so is most of sm_90a, and of
+    sm_86, which has no room for the backward in one pass."""
     made = []
     for index, case in enumerate(cases.CASES):
         names = [n for n in ("bfloat16", "float16") if getattr(torch, n) in case.dtypes]
@@ -123,10 +127,10 @@ def parameters() -> list:
             config = Config(seed=index, asynchronous=MODES[index % 3])
             marks = () if GPU or first else pytest.mark.slow
             made.append(pytest.param(case, name, config, 80, id=f"{case}-{name}", marks=marks))
-            if first and not GPU:
-                marks = () if index % 8 == 0 else pytest.mark.slow
-                label = f"{case}-{name}-sm_90a"
-                made.append(pytest.param(case, name, config, 90, id=label, marks=marks))
+            for arch, turn in ((86, 4), (90, 0)) if first and not GPU else ():
+                marks = () if index % 8 == turn else pytest.mark.slow
+                label = f"{case}-{name}-sm_{arch}"
+                made.append(pytest.param(case, name, config, arch, id=label, marks=marks))
     return made
 
 
@@ -181,11 +185,15 @@ def test_published_samples(way, dtype):
 @needs_library
 @pytest.mark.parametrize("case", test_triton.masked(0))
 def test_visited_tiles(way, case):
-    """Forward, dQ and dK/dV visit exactly the tiles the mask leaves, once, in their class."""
+    """Forward, dQ and dK/dV, or both in one pass, visit exactly the tiles the mask leaves, once, in
+    their class."""
     visited = way.call(ways.visits, case.name, "bfloat16", None, way.device, way.backend)
+    one_pass = "dqkv" in visited and visited["dqkv"][1].any()
+    idle = ("dq", "dkv") if one_pass else ("dqkv",)
     for kernel, (shape, counts) in visited.items():
         expected = test_triton.expected_classes(case.seen(), *shape)
-        np.testing.assert_array_equal(counts, expected, err_msg=kernel)
+        wanted = np.zeros_like(expected) if kernel in idle else expected
+        np.testing.assert_array_equal(counts, wanted, err_msg=kernel)
 
 
 @needs_library
@@ -262,6 +270,153 @@ def test_interleaved_blocks(name):
     cases.check(case, torch.float16, run(way_of(config), case, "float16"))
 
 
+# -- the backward in one pass ---------------------------------------------------------------------
+
+# with the widths that it is for; the last rows and keys are parts of tiles
+ONE_PASS = {
+    "everything": None,
+    "causal": masks.causal(),
+    "window": masks.window(90, 20),
+    "padding": masks.padding(torch.tensor([300, 77])) & masks.causal(),
+}
+
+
+def tensors_of(width: int, **kind):
+    """q, k, v and dout of two query heads to a key head, for four blocks of columns."""
+    torch.manual_seed(0)
+    made = [torch.randn(2, heads, rows, width, **kind) for heads, rows in ((2, 150), (1, 400))]
+    q, k = (t.requires_grad_() for t in made)
+    return q, k, torch.randn_like(k).requires_grad_(), torch.randn_like(q)
+
+
+@emulated
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("name", ONE_PASS)
+def test_column_blocks_take_turns_at_dq(name, width):
+    """Many at once or one after the other, on any schedule: the same bits, and they wait for each
+    other as the emulator's race checks ask. A block is never waited for that has not started."""
+    q, k, v, dout = tensors_of(width, dtype=torch.bfloat16)
+    found = []
+    for seed, blocks in ((0, 1), (1, 2), (2, 5), (3, 16)):
+        config = Config(seed=seed, asynchronous=MODES[seed % 3], resident_blocks=blocks)
+        with ways.EmulatedLibrary(config).running():
+            out = tilemask.attention(q, k, v, mask=ONE_PASS[name], backend="cuda")
+            found.append(torch.autograd.grad(out, (q, k, v), dout))
+            assert any("dqkv_kernel" in kernel for kernel in launched())
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    out = tilemask.attention(*wide, mask=ONE_PASS[name], backend="reference")
+    truth = torch.autograd.grad(out, wide, dout.double())
+    for got, want in zip(found[0], truth, strict=True):
+        assert (got.double() - want).norm() < 0.01 * want.norm()
+
+
+RANGES = r"""
+#include <cstdio>
+#include <random>
+#include "mask.cuh"
+#include "tiles.h"
+
+std::mt19937 random_bits(1);
+int draw(int first, int last) { return first + random_bits() % (last - first + 1); }
+int bound(int far) {
+  const int all[] = {draw(-far, far), draw(-40, 40), -FAR, FAR};
+  return all[draw(0, 3)];
+}
+template <int BLOCK_M, int BLOCK_N>
+bool agree(const Bounds& bounds, int len_q, int len_k) {
+  for (int i = 0; i * BLOCK_M < len_q; ++i) {
+    const Ranges across = column_ranges<BLOCK_M, BLOCK_N>(bounds, i * BLOCK_M);
+    for (int j = 0; j * BLOCK_N < len_k; ++j) {
+      const Ranges down = row_ranges<BLOCK_M, BLOCK_N>(bounds, j * BLOCK_N);
+      const bool visits = down.first <= i && i < down.last;
+      if (visits != (across.first <= j && j < across.last)) return false;
+    }
+  }
+  return true;
+}
+int main() {
+  constexpr TileShape NARROW = dqkv_tile(64), WIDE = dqkv_tile(128);
+  int visited = 0;
+  for (int i = 0; i < 100000; ++i) {
+    const int len_q = draw(1, 700), len_k = draw(1, 900);
+    const Bounds bounds{draw(0, 1) * draw(0, len_k), draw(0, 1) ? len_k : draw(0, len_k),
+                        bound(1000), bound(1000), draw(0, 1) * draw(0, len_q),
+                        draw(0, 1) ? len_q : draw(0, len_q)};
+    if (!agree<NARROW.block_m, NARROW.block_n>(bounds, len_q, len_k) ||
+        !agree<WIDE.block_m, WIDE.block_n>(bounds, len_q, len_k)) {
+      printf("lengths %d %d, bounds %d %d %d %d %d %d\n", len_q, len_k, bounds.start, bounds.end,
+             bounds.left, bounds.right, bounds.q_start, bounds.q_end);
+      return 1;
+    }
+    visited += row_ranges<NARROW.block_m, NARROW.block_n>(bounds, 0).last > 0;
+  }
+  printf("%d\n", visited);
+}
+"""
+
+
+@emulated
+def test_rows_and_columns_agree_on_what_they_visit(tmp_path):
+    """Column blocks wait for those after them that visit the same rows, by what column_ranges says
+    of the rows: were it another than row_ranges, they would wait forever."""
+    (tmp_path / "ranges.cu").write_text(RANGES)
+    command = [nvcc.find_nvcc(), "-std=c++17", f"-I{ROOT / 'csrc'}", tmp_path / "ranges.cu"]
+    subprocess.run([*command, "-o", tmp_path / "ranges"], check=True)
+    done = subprocess.run([tmp_path / "ranges"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert int(done.stdout) > 10000  # of 100000 see the first columns
+
+
+@emulated
+@pytest.mark.parametrize(
+    "options, arch, passes",
+    [
+        ({}, 80, 1),
+        ({"mask": masks.causal()}, 90, 1),
+        ({"mask": masks.causal()}, 86, 2),  # two blocks do not fit on a multiprocessor
+        ({"mask": masks.dense(torch.rand(150, 400) < 0.5)}, 80, 2),
+        (
+            {
+                "mask": masks.documents(
+                    torch.arange(150)[None] // 40, torch.arange(400)[None] // 100
+                )
+            },
+            80,
+            2,
+        ),
+        ({"softcap": 5.0}, 80, 2),
+        ({"scale": -1.0}, 80, 2),
+    ],
+)
+@pytest.mark.parametrize("width", [40, 128, 136])
+def test_which_backward_runs(options, arch, passes, width):
+    q, k, v, dout = tensors_of(width, dtype=torch.float16)
+    with ways.EmulatedLibrary(arch=arch).running():
+        out = tilemask.attention(q, k, v, backend="cuda", **options)
+        torch.autograd.grad(out, (q, k, v), dout)
+        kernels = [
+            name for kernel in launched() for name in re.findall(r"d(?:q|kv|qkv)_kernel", kernel)
+        ]
+    one_pass = passes == 1 and width <= 128
+    assert kernels == (["dqkv_kernel"] if one_pass else ["dq_kernel", "dkv_kernel"])
+
+
+@emulated
+def test_a_backward_without_its_workspace_is_refused(monkeypatch):
+    q, k, v, dout = tensors_of(64, dtype=torch.float16)
+    with ways.EmulatedLibrary().running():
+        out = tilemask.attention(q, k, v, backend="cuda")
+        monkeypatch.setattr(
+            cuda,
+            "with_workspace",
+            lambda name, layout, values, device: (layout.pack(*values), None),
+        )
+        with pytest.raises(EmulatorError, match="workspace is missing or too small"):
+            torch.autograd.grad(out, q, dout)
+
+
 @needs_library
 def test_rows_do_not_depend_on_those_beside_them(way):
     """To the last bit: what rows outside the query range hold changes no other row."""
@@ -284,8 +439,9 @@ def test_fragments_load_without_bank_conflicts(width):
     """Each ldmatrix loads four matrices of 128 bytes: four accesses of shared memory, no more."""
     q = torch.randn(1, 1, 65, width, dtype=torch.float16, requires_grad=True)
     with way_of().running():
-        out = tilemask.attention(q, q, q, mask=masks.causal(), backend="cuda")
-        torch.autograd.grad(out, q, torch.ones_like(out))
+        for option in ({}, {"softcap": 5.0}):  # the backward in one pass, and in two
+            out = tilemask.attention(q, q, q, mask=masks.causal(), backend="cuda", **option)
+            torch.autograd.grad(out, q, torch.ones_like(out))
         tilemask.attention(q[:, :, :1].detach(), q.detach(), q.detach(), backend="cuda")
         launches = posed.launches()
     loads = {}
@@ -293,7 +449,8 @@ def test_fragments_load_without_bank_conflicts(width):
         if counts["ldmatrix"]:
             assert counts["ldmatrix_wavefronts"] == 4 * counts["ldmatrix"], kernel
             loads[kernel] = counts["ldmatrix"]
-    assert len(loads) == 4  # forward, decoding, dQ, dK and dV
+    # decoding; without options and with: forward; dQ, dK and dV in one pass or in two
+    assert len(loads) == (6 if width <= 128 else 7)
 
 
 @emulated

@@ -24,14 +24,16 @@ SHARED_MEMORY = 164 * 1024  # of a multiprocessor of sm_80
 RESCALE = {64: 1.2, 128: 4.5, 256: 9}
 AIMS = {
     ("forward", 64): (10 + RESCALE[64], 18 + RESCALE[64]),
-    ("forward", 128): (16 + RESCALE[128], 30 + RESCALE[128]),
-    ("forward", 256): (31 + RESCALE[256], 57 + RESCALE[256]),
-    ("dq", 64): (13, 27),
-    ("dq", 128): (19, 33),
-    ("dq", 256): (53, 94),
-    ("dkv", 64): (17, 39),
-    ("dkv", 128): (34, 70),
-    ("dkv", 256): (86, 127),
+    ("forward", 128): (16 + RESCALE[128], 28 + RESCALE[128]),
+    ("forward", 256): (31 + RESCALE[256], 54 + RESCALE[256]),
+    ("dqkv", 64): (18.5, 21.5),
+    ("dqkv", 128): (28, 31),
+    ("dq", 64): (13, 25),
+    ("dq", 128): (19, 31),
+    ("dq", 256): (53, 92),
+    ("dkv", 64): (17, 34),
+    ("dkv", 128): (34, 63),
+    ("dkv", 256): (86, 120),
 }
 
 # Blocks of threads on a multiprocessor of sm_80 at once, for widths up to 64, 128 and 256.
@@ -42,6 +44,7 @@ PLANNED = {
     "general decode": (3, 2, 2),
     "dq": (2, 1, 1),
     "general dq": (2, 1, 1),
+    "dqkv": (2, 1, None),  # as of Kernel::BLOCKS there
     "dkv": (2, 2, 1),
     "general dkv": (1, 2, 1),
 }
@@ -63,7 +66,9 @@ def test_everything_stays_in_registers(source, arch):
 @pytest.mark.parametrize("source", library_code.LOOPS)
 def test_loops_have_the_products_and_loads_of_a_tile(source, arch):
     found = library_code.kernels(source, arch)
-    assert len(found) == {"sm80_forward": 24, "sm80_dq": 12, "sm80_dkv": 12}[source]
+    found = [kernel for kernel in found if kernel.loops]
+    counts = {"sm80_forward": 24, "sm80_dqkv": 4, "sm80_dq": 12, "sm80_dkv": 12}
+    assert len(found) == counts[source]
     for kernel in found:
         full, partial = kernel.loops
         wanted = library_code.expected(kernel)
@@ -76,22 +81,24 @@ def test_loops_have_the_products_and_loads_of_a_tile(source, arch):
 
 
 def run_everything(width: int):
-    """Each kernel that loops over tiles once, plain and with an option, and the launches."""
+    """Each kernel that loops over tiles, plain and with an option, and the launches."""
     kind = {"dtype": torch.bfloat16}
     q, k, v = (torch.randn(1, 1, 17, width, **kind).requires_grad_() for _ in range(3))
+    bits = tilemask.masks.dense(torch.ones(17, 17).tril() > 0)
     with ways.EmulatedLibrary().running():
-        for options in ({}, {"softcap": 2.0}):
+        for options in ({}, {"mask": bits}, {"softcap": 2.0}):
             out = tilemask.attention(q, k, v, backend="cuda", **options)
             torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
             few = [t.detach() for t in (q[:, :, :1], k, v)]
-            tilemask.attention(*few, backend="cuda", **options)
+            if "mask" not in options:
+                tilemask.attention(*few, backend="cuda", **options)
         return posed.launches()
 
 
 def planned(name: str) -> int:
     """PLANNED of a kernel<type, width, general[, decode]>."""
     kernel, width, general, decode = re.fullmatch(
-        r"(\w+)_kernel<BFloat16, (\d+), (\w+)(?:, (\w+))?>", name
+        r"(\w+)_kernel<BFloat16, (\d+)(?:, (\w+))?(?:, (\w+))?>", name
     ).groups()
     kernel = "decode" if decode == "true" else kernel
     blocks = PLANNED[f"general {kernel}" if general == "true" else kernel]
@@ -105,12 +112,12 @@ def test_as_many_blocks_run_at_once_as_planned(width):
     found = {}
     for symbol, counts in run_everything(width):
         kernel = compiled.get(library_code.readable(symbol))
-        if kernel:
+        if kernel and kernel.loops:
             warp = -(-kernel.registers // 8) * 8 * library_code.WARP
             by_registers = REGISTER_FILE // (warp * counts["threads"] // library_code.WARP)
             by_memory = SHARED_MEMORY // (counts["shared_bytes"] + 1024)
             found[kernel.name] = min(by_registers, by_memory, 2048 // counts["threads"])
-    assert len(found) == len(PLANNED)
+    assert len(found) == len(PLANNED) - (width > 128)
     assert found == {name: planned(name) for name in found}
 
 
@@ -118,8 +125,7 @@ def test_as_many_blocks_run_at_once_as_planned(width):
 def test_loops_meet_their_aims(source):
     for kernel in library_code.kernels(source, "80"):
         name, width = kernel.name.split("_")[0], int(re.search(r", (\d+)", kernel.name)[1])
-        plain = ", false" in kernel.name and ", true" not in kernel.name
-        if not plain:
+        if ", true" in kernel.name or not kernel.loops:
             continue
         scores = library_code.scores_per_thread(kernel)
         for loop, aim in zip(kernel.loops, AIMS[name, width], strict=True):
@@ -163,8 +169,28 @@ def test_the_forward_against_a_published_one(width):
     assert kernel["loops"]["full"]["per_score"] - RESCALE[width] <= 1.1 * min(theirs)
 
 
+@pytest.mark.parametrize("width", [64, 128])
+def test_the_backward_against_a_published_one(width):
+    """Where it takes one pass: at most a tenth more than FlashAttention-2, in full tiles and in
+    those that a mask cuts, there a causal one. Its dQ is added up in no fixed order."""
+    published = json.loads((library_code.STATIC / "flash_attn_2.json").read_text())["kernels"]
+    own = json.loads((library_code.STATIC / "sm_80.json").read_text())["kernels"]
+    for kind, loop in own[f"dqkv_kernel<BFloat16, {width}>"]["loops"].items():
+        theirs = [
+            kernel["loops"][kind]["per_score"]
+            for name, kernel in published.items()
+            if name.startswith(f"backward {width}") and kind in kernel["loops"]
+        ]
+        assert theirs
+        assert loop["per_score"] <= 1.1 * min(theirs), kind
+
+
 def test_readable_names():
     symbol = "_ZN48_GLOBAL__N__a1d71094_15_sm80_forward_cu_7440856014forward_kernelI8BFloat16"
     name = library_code.readable(symbol + "Li64ELb0ELb1EEEv11ForwardCall")
     assert name == "forward_kernel<BFloat16, 64, false, true>"
     assert library_code.readable("_ZN12_GLOBAL__N_112probe_kernelEv") == "probe_kernel"
+    symbol = (
+        "_ZN1__GLOBAL__N__a1_12_sm80_dqkv_cu_13f0f1aa11dqkv_kernelI7Float16Li128EEEvNS_8DqkvCallE"
+    )
+    assert library_code.readable(symbol) == "dqkv_kernel<Float16, 128>"

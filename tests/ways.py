@@ -103,8 +103,8 @@ class EmulatedLibrary:
     """The CUDA library that ships, but for PTX in place of machine code, with the PTX emulator as
     its CUDA runtime: on CPU tensors, in this process.
 
-    config: a ptx_emulator.Config, the schedule of every launch; arch: 80 or 90, the compute
-    capability that the sources are compiled for.
+    config: a ptx_emulator.Config, the schedule of every launch; arch: the compute capability of the
+    GPU that it poses as. The sources are compiled for 8.0 or 9.0a.
     """
 
     name, backend = "emulated-cuda", "cuda"
@@ -123,7 +123,7 @@ class EmulatedLibrary:
         from tilemask import library
         from tilemask.backends import cuda
 
-        loaded, emulator = emulated_library(self.arch), ptx_emulator.library()
+        loaded, emulator = emulated_library(90 if self.arch == 90 else 80), ptx_emulator.library()
         settings = (self.config or ptx_emulator.Config(seed=1, asynchronous="random")).packed()
         given = []
 
@@ -236,10 +236,13 @@ def visits(name: str, dtype: str, tile, device: str, backend: str = "triton") ->
             given["q"].detach(), given["k"].detach(), given["v"].detach(), case.mask(device)
         )
         assert backends.choose(call, backend) is kernels
-        shapes = {kernel: kernels.list_key(call, kernel)[:2] for kernel in ("forward", "dq", "dkv")}
+        passes = ["dq", "dkv"]
+        if backend == "cuda" and max(call.q.shape[3], call.v.shape[3]) <= 128:
+            passes.append("dqkv")  # in the place of the others
+        shapes = {kernel: kernels.list_key(call, kernel)[:2] for kernel in ["forward", *passes]}
         counters = {kernel: counter(call, tile) for kernel, tile in shapes.items()}
         out, lse, rest = kernels.forward(call, counters["forward"])
-        visited = counters["dq"], counters["dkv"]
+        visited = tuple(counters[kernel] for kernel in passes)
         kernels.backward(call, out, lse, rest, given["dout"], None, visits=visited)
     return {k: (shapes[k], counters[k].cpu().numpy()) for k in counters}
 

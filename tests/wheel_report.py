@@ -20,6 +20,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import library_code
+
 STATIC = Path(__file__).resolve().parents[1] / "bench" / "results" / "static"
 
 USE = """
@@ -72,6 +74,7 @@ def report(wheel: Path, pythons: list[str]) -> dict:
         "wheel": wheel.name,
         "bytes": wheel.stat().st_size,
         "sha256": hashlib.sha256(wheel.read_bytes()).hexdigest(),
+        "sources_sha256": library_code.sources_sha256(),  # of this tree, that it was made from
         "auditwheel": " ".join(audit.split()[:10]),
         "installed": [use(python, wheel) for python in pythons],
     }

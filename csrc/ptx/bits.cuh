@@ -16,3 +16,10 @@ __device__ __forceinline__ uint32_t opaque(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;
 }
+
+// threadIdx.x, read where this stands: no register holds it meanwhile
+__device__ __forceinline__ uint32_t thread_index() {
+  uint32_t x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}

@@ -44,6 +44,13 @@ __device__ __forceinline__ uint4 ld_shared_v4(uint32_t shared) {
   return value;
 }
 
+__device__ __forceinline__ void ld_shared_v4(float (&value)[4], uint32_t shared) {
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value[0]), "=f"(value[1]), "=f"(value[2]), "=f"(value[3])
+               : "r"(shared)
+               : "memory");
+}
+
 __device__ __forceinline__ void st_shared(uint32_t shared, uint32_t value) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared), "r"(value) : "memory");
 }

@@ -14,8 +14,8 @@ __device__ __forceinline__ int lane_id() { return threadIdx.x % 32; }
 // The address that this lane gives ldmatrix for the block of 16 rows and 16 columns at (row, 0) of
 // a tile: as operand a, or as operand b with its 16 rows along k (then with .trans).
 template <int WIDTH>
-__device__ __forceinline__ uint32_t lanes_along_rows(uint32_t tile, int row) {
-  return chunk_address<WIDTH>(tile, row + lane_id() % 16, lane_id() / 16);
+__device__ __forceinline__ uint32_t lanes_along_rows(uint32_t tile, int row, int lane = lane_id()) {
+  return chunk_address<WIDTH>(tile, row + lane % 16, lane / 16);
 }
 
 // The same for operand b with its 16 rows along n.
@@ -55,18 +55,15 @@ __device__ __forceinline__ void fill_rows(float (&acc)[MT][NT][4], const float* 
 }
 
 // The same per column. shared: of a pair of columns (low, high, low, high), for columns
-// 2 * (lane % 4) and the next.
+// 2 * (lane % 4) and the next. Read again for every block of rows: that is one instruction, copying
+// four registers is four.
 template <int MT, int NT>
 __device__ __forceinline__ void fill_columns(float (&acc)[MT][NT][4], const float4* shared) {
+  const uint32_t at = shared_address(shared);
 #pragma unroll
-  for (int n = 0; n < NT; ++n) {
-    const float4 value = shared[4 * n];
+  for (int n = 0; n < NT; ++n)
 #pragma unroll
-    for (int m = 0; m < MT; ++m) {
-      acc[m][n][0] = value.x, acc[m][n][1] = value.y;
-      acc[m][n][2] = value.z, acc[m][n][3] = value.w;
-    }
-  }
+    for (int m = 0; m < MT; ++m) ld_shared_v4(acc[m][n], at + 4 * n * sizeof(float4));
 }
 
 template <int MT, int NT>
@@ -151,6 +148,38 @@ __device__ __forceinline__ void multiply_transposed(float (&acc)[MT][NT][4], uin
   }
 }
 
+// Two such products at once, acc += a b^T and other += a' b'^T, of tiles that lie alike: a_lanes
+// and b_lanes are those of a tile at 0, a_at and b_at where the two are. So swizzled addresses are
+// computed once.
+template <typename T, int WIDTH, int MT, int NT>
+__device__ __forceinline__ void multiply_two_transposed(float (&acc)[MT][NT][4],
+                                                        float (&other)[MT][NT][4], uint32_t a_lanes,
+                                                        const uint32_t (&a_at)[2], uint32_t b_lanes,
+                                                        const uint32_t (&b_at)[2]) {
+  const auto add = [](float (&sum)[MT][NT][4], uint32_t a_block, uint32_t b_block) {
+    uint32_t a[MT][4];
+#pragma unroll
+    for (int m = 0; m < MT; ++m) ldmatrix_x4(a[m], a_block + m * TILE_BYTES<16, WIDTH>);
+#pragma unroll
+    for (int n = 0; n < NT; n += 2) {
+      uint32_t b[4];
+      ldmatrix_x4(b, b_block + n / 2 * TILE_BYTES<16, WIDTH>);
+#pragma unroll
+      for (int m = 0; m < MT; ++m) {
+        T::mma(sum[m][n], a[m], b[0], b[1]);
+        T::mma(sum[m][n + 1], a[m], b[2], b[3]);
+      }
+    }
+  };
+#pragma unroll
+  for (int k = 0; k < WIDTH / 16; ++k) {
+    const uint32_t a = block_address<WIDTH>(a_lanes, 0, k);
+    const uint32_t b = block_address<WIDTH>(b_lanes, 0, k);
+    add(acc, a + a_at[0], b + b_at[0]);
+    add(other, a + a_at[1], b + b_at[1]);
+  }
+}
+
 // An accumulator, rounded, as operand a of the next product.
 template <typename T, int MT, int NT>
 __device__ __forceinline__ void round_operand(uint32_t (&a)[MT][NT / 2][4],
@@ -185,24 +214,82 @@ __device__ __forceinline__ void multiply(float (&acc)[MT][NT][4], const uint32_t
 // An operand a of this warp into shared memory, 512 bytes for 16 x 16 elements, and out of it into
 // another warp.
 template <int MT, int KT>
-__device__ __forceinline__ void hand_over(uint32_t shared, const uint32_t (&a)[MT][KT][4]) {
+__device__ __forceinline__ void hand_over(uint32_t shared, const uint32_t (&a)[MT][KT][4],
+                                          int lane = lane_id()) {
 #pragma unroll
   for (int m = 0; m < MT; ++m)
 #pragma unroll
     for (int k = 0; k < KT; ++k)
-      st_shared_v4(shared + ((m * KT + k) * 32 + lane_id()) * 16,
+      st_shared_v4(shared + ((m * KT + k) * 32 + lane) * 16,
                    make_uint4(a[m][k][0], a[m][k][1], a[m][k][2], a[m][k][3]));
 }
 
 template <int MT, int KT>
-__device__ __forceinline__ void take_over(uint32_t (&a)[MT][KT][4], uint32_t shared) {
+__device__ __forceinline__ void take_over(uint32_t (&a)[MT][KT][4], uint32_t shared,
+                                          int lane = lane_id()) {
 #pragma unroll
   for (int m = 0; m < MT; ++m)
 #pragma unroll
     for (int k = 0; k < KT; ++k) {
-      const uint4 value = ld_shared_v4(shared + ((m * KT + k) * 32 + lane_id()) * 16);
+      const uint4 value = ld_shared_v4(shared + ((m * KT + k) * 32 + lane) * 16);
       a[m][k][0] = value.x, a[m][k][1] = value.y, a[m][k][2] = value.z, a[m][k][3] = value.w;
     }
+}
+
+// A tile of 8 x 8 blocks, each 128 bytes in one piece, BLOCKS of them across: an operand that one
+// warp computes and others read, as it is or transposed.
+template <int BLOCKS>
+__device__ __forceinline__ uint32_t block_at(uint32_t tile, int down, int right) {
+  return tile + (down * BLOCKS + right) * 128;
+}
+
+// An operand a into it from the block at `tile` on.
+template <int BLOCKS, int MT, int KT>
+__device__ __forceinline__ void store_blocks(uint32_t tile, const uint32_t (&a)[MT][KT][4],
+                                             int lane) {
+  const uint32_t lanes = tile + lane * 4;
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int k = 0; k < KT; ++k)
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        st_shared(block_at<BLOCKS>(lanes, 2 * m + j % 2, 2 * k + j / 2), a[m][k][j]);
+}
+
+// And out of it.
+template <int BLOCKS, int MT, int KT>
+__device__ __forceinline__ void load_blocks(uint32_t (&a)[MT][KT][4], uint32_t tile, int lane) {
+  const int matrix = lane / 8;
+  const uint32_t lanes = block_at<BLOCKS>(tile, matrix % 2, matrix / 2) + lane % 8 * 16;
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int k = 0; k < KT; ++k) ldmatrix_x4(a[m][k], block_at<BLOCKS>(lanes, 2 * m, 2 * k));
+}
+
+// acc += a^T b: a [16 KT, 16 MT] in such a tile, b [16 KT, 8 NT] in shared memory (along rows).
+template <typename T, int WIDTH, int BLOCKS, int KT, int MT, int NT>
+__device__ __forceinline__ void multiply_blocks(float (&acc)[MT][NT][4], uint32_t a_tile,
+                                                uint32_t b_lanes, int lane) {
+  const int matrix = lane / 8;
+  const uint32_t a_lanes = block_at<BLOCKS>(a_tile, matrix / 2, matrix % 2) + lane % 8 * 16;
+#pragma unroll
+  for (int k = 0; k < KT; ++k) {
+    uint32_t a[MT][4];
+#pragma unroll
+    for (int m = 0; m < MT; ++m) ldmatrix_x4_trans(a[m], block_at<BLOCKS>(a_lanes, 2 * k, 2 * m));
+#pragma unroll
+    for (int n = 0; n < NT; n += 2) {
+      uint32_t b[4];
+      ldmatrix_x4_trans(b, block_address<WIDTH>(b_lanes, k, n / 2));
+#pragma unroll
+      for (int m = 0; m < MT; ++m) {
+        T::mma(acc[m][n], a[m], b[0], b[1]);
+        T::mma(acc[m][n + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
 }
 
 // Sums of a * b, element by element, along the rows of two tiles (both along rows): this thread's

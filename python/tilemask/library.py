@@ -11,7 +11,7 @@ import functools
 from pathlib import Path
 
 PATH = Path(__file__).with_name("libtilemask.so")
-ABI = 1  # TILEMASK_ABI in csrc/tilemask.h
+ABI = 2  # TILEMASK_ABI in csrc/tilemask.h
 NO_KERNEL = 6  # TILEMASK_NO_KERNEL
 INSUFFICIENT_DRIVER = -35  # cudaErrorInsufficientDriver: also what no driver at all looks like
 
@@ -42,7 +42,8 @@ def opened(path: Path) -> ctypes.CDLL:
     library.tilemask_error_text.restype = ctypes.c_char_p
     library.tilemask_error_text.argtypes = [ctypes.c_int]
     library.tilemask_check_device.argtypes = [ctypes.c_int]
-    for function in (library.tilemask_forward_workspace, library.tilemask_sums_workspace):
+    for name in ("forward", "backward", "sums"):
+        function = getattr(library, f"tilemask_{name}_workspace")
         function.restype = ctypes.c_int64
     return library
 

@@ -32,7 +32,7 @@ from .prepared import (
 NAME = "cuda"
 DTYPES = {torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}  # float32: of bias and sums alone
 LARGEST = torch.finfo(torch.float32).max  # what scale and softcap may be there
-KERNELS = {"forward": 0, "decode": 1, "dq": 2, "dkv": 3}
+KERNELS = {"forward": 0, "decode": 1, "dq": 2, "dkv": 3, "dqkv": 4}
 
 
 # -- what it can run ------------------------------------------------------------------------------
@@ -184,7 +184,8 @@ BACKWARD = Layout(
     "TilemaskBackward",
     head=HEAD,
     **dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), TENSOR),
-    **all_of("P", "lse rest dlse delta visits_dq visits_dkv"),
+    **all_of("P", "lse rest dlse delta visits_dq visits_dkv visits_dqkv"),
+    **WORKSPACE,
     mask=MASK,
     mask_transposed=MASK,
     lists=LISTS,
@@ -226,7 +227,9 @@ LOWER = Layout(
     **all_of("P", "live classes counts blocks"),
     **all_of("i", "batch heads len_q len_k block_m block_n transposed reserved"),
 )
-WORKSPACE_AT = list(FORWARD.fields).index("workspace"), list(SUMS.fields).index("workspace")
+WORKSPACE_AT = {
+    layout: list(layout.fields).index("workspace") for layout in (FORWARD, BACKWARD, SUMS)
+}
 
 
 def pointer(tensor: Tensor | None) -> int:
@@ -328,7 +331,7 @@ def with_workspace(name: str, layout: Layout, values: list, device) -> tuple[byt
     if size == 0:
         return packed, None
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
-    at = WORKSPACE_AT[layout is SUMS]
+    at = WORKSPACE_AT[layout]
     values[at], values[at + 1] = pointer(workspace), size
     return layout.pack(*values), workspace
 
@@ -505,10 +508,14 @@ def backward(
     dout: Tensor,
     dlse: Tensor | None,
     bias_gradient: bool = True,
-    visits: tuple[Tensor, Tensor] | None = None,
+    visits: tuple[Tensor | None, ...] | None = None,
 ):
     """Gradients of q, k and v, each in the order of its tensor, of sinks, and of the bias if it is
-    asked for. Deterministic."""
+    asked for. Deterministic.
+
+    visits: as in the forward, for the kernels dq, dkv and dqkv, of which either the first two or
+    the last run.
+    """
     from . import Gradients
 
     q, k, v = unit_stride(call.q), unit_stride(call.k), unit_stride(call.v)
@@ -519,19 +526,21 @@ def backward(
     key, key_transposed = list_key(call, "dq"), list_key(call, "dkv")
     lists = prepared.lists_for(call, key, launched())
     lists_transposed = prepared.lists_for(call, key_transposed, launched())
-    visits_dq, visits_dkv = visits or (None, None)
     bounds, len_q = call.mask.bounds, q.shape[2]
-    packed = BACKWARD.pack(
+    visited = (*(visits or ()), None, None, None)[:3]
+    values = [
         *head_values(BACKWARD, q),
         *(number for t in (q, k, v, out, dout, dq, dk, dv) for number in tensor_values(t)),
-        *(pointer(t) for t in (lse, rest, dlse, delta, visits_dq, visits_dkv)),
+        *(pointer(t) for t in (lse, rest, dlse, delta, *visited)),
+        *(0, 0),
         *mask_values(mask, bounds, len_q),
         *mask_values(transposed, bounds, len_q),
         *list_values(lists, key),
         *list_values(lists_transposed, key_transposed),
         *score_values(score),
         *size_values(q, k, v.shape[3], call.scale),
-    )
+    ]
+    packed, _workspace = with_workspace("backward", BACKWARD, values, q.device)
     launch("backward", packed, q=q, k=k, v=v)
     more = prepared.option_gradients(call, lse, rest, dout, delta, bias_gradient, pair_sums)
     return Gradients(dq, dk, dv, *more)
