@@ -6,6 +6,8 @@ row is bfloat16 (or float32) at the row's full width with affine bounds per batc
 (-m slow) adds the other forms of mask, odd widths and Dv != D.
 """
 
+import re
+
 import aot
 import pytest
 from aot import SHARED_LIMIT, compile_kernel, compile_packing
@@ -106,6 +108,10 @@ def test_merge(arch, width):
 
     code = aot.compile_merge(arch, "bf16", width, split.MOST)
     assert (code.spills, code.stack) == (0, 0)
+    # no product is contracted with an addition of the sums, or lanes that stand for the same
+    # element could round it otherwise
+    addends = re.findall(r"fma\.rn\.f32\s+.*, (\S+);", code.ptx)
+    assert set(addends) == {"0f00000000"}
 
 
 PACKING = {
