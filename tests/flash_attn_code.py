@@ -133,7 +133,7 @@ def compiled(csrc: Path, choice: Choice, causal: bool) -> tuple[Kernel, int, lis
         raise RuntimeError(
             f"the loop of {choice.name(causal)} has {loop.count('HMMA')} products, not {expected}"
         )
-    least = [shortest(ways, first, last)]
+    least = [shortest(instructions, ways, first, last)]
     return Kernel(choice.name(causal), registers, stack, instructions, [loop], least), first, ways
 
 
@@ -163,7 +163,7 @@ def loop_reports(
     barrier = max(i for i in range(product) if kernel.instructions[i] == "BAR")
     ahead = kernel.instructions[barrier:begin]
     tiles = ahead.count("HMMA") // loop.count("HMMA")
-    least = shortest(ways, barrier, begin)
+    least = shortest(kernel.instructions, ways, barrier, begin)
     partial = loop_report(ahead, choice.scores_per_thread * tiles, least)
     return {"full": full, "partial": {"tiles": tiles, **partial}}
 

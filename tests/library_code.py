@@ -90,7 +90,7 @@ def kernels(source: str, arch: str) -> list[Kernel]:
         inner = [a for a in with_products if not any(contains(a, b) for b in with_products)]
         inner.sort(key=lambda span: span[1] - span[0])
         bodies = [instructions[first:last] for first, last in inner]
-        least = [shortest(ways, *span) for span in inner]
+        least = [shortest(instructions, ways, *span) for span in inner]
         found.append(Kernel(readable(symbol), registers, stack, instructions, bodies, least))
     return found
 
@@ -123,15 +123,18 @@ def parsed(section: str) -> tuple[list[str], list[tuple[int, int]], list[list[in
     return instructions, spans, ways
 
 
-def shortest(ways: list[list[int]], first: int, last: int) -> int:
-    """Instructions on the shortest way from ``first`` to ``last`` without going back."""
-    reached = {first: 0}
+def shortest(instructions: list[str], ways: list[list[int]], first: int, last: int) -> int:
+    """The fewest instructions from ``first`` to ``last`` without going back, of the ways with all
+    products."""
+    reached = {first: (0, 0)}  # by instruction: minus the products before it, and all
     for i in range(first, last):
         if i in reached:
-            own = [last if i == last - 1 else way for way in ways[i]]
-            for way in (w for w in own if i < w <= last):
-                reached[way] = min(reached.get(way, last), reached[i] + 1)
-    return reached[last]
+            products, length = reached[i]
+            after = products - (instructions[i] == "HMMA"), length + 1
+            for way in [last] if i == last - 1 else ways[i]:
+                if i < way <= last:
+                    reached[way] = min(reached.get(way, after), after)
+    return reached[last][1]
 
 
 def readable(symbol: str) -> str:
