@@ -317,8 +317,8 @@ __global__ void __launch_bounds__(DqkvKernel<T, WIDTH>::THREADS, 1)
   while (true) {
     __syncthreads();  // nobody reads what is of the last head any more, and its dq is written
     if (thread_index() == 0) {
-      const int col_blocks = cdiv(opaque(len_k), BLOCK_N),
-                row_blocks = cdiv(opaque(len_q), BLOCK_M);
+      const int col_blocks = cdiv(opaque(len_k), BLOCK_N);
+      const int row_blocks = cdiv(opaque(len_q), BLOCK_M);
       const int group = call.sizes.heads / call.sizes.kv_heads;
       if (mine.h >= mine.kv_head * group && mine.visit.first < mine.visit.last)
         st_release(mine.turns + mine.visit.last - 1, mine.col_block - 1);
@@ -548,7 +548,7 @@ bool has_room(int device) {
 
 // body(T(), Number<WIDTH>()) for what a call has.
 template <typename Body>
-int64_t of_kernel(const BackwardCall& call, Body body) {
+auto of_kernel(const BackwardCall& call, Body body) {
   const bool narrow = max_width(call.sizes) <= 64;
   if (call.head.dtype == TILEMASK_FLOAT16)
     return narrow ? body(Float16(), Number<64>()) : body(Float16(), Number<128>());
@@ -561,7 +561,8 @@ int64_t dqkv_workspace(const BackwardCall& call, bool general) {
   const TilemaskMask& mask = call.mask;
   const bool affine = !mask.lo && !mask.words && !mask.keys && !call.lists.counts;
   const bool near = is_near(call.q) && is_near(call.dout);
-  if (general || !affine || !near || max_width(call.sizes) > 128 || call.sizes.len_q == 0) return 0;
+  const bool any = call.sizes.len_q > 0 && call.sizes.heads > 0;  // else nobody counts from 0
+  if (general || !affine || !near || !any || max_width(call.sizes) > 128) return 0;
   return of_kernel(call, [&](auto type, auto width) -> int64_t {
     using Kernel = DqkvKernel<decltype(type), width.value>;
     return has_room<Kernel>(call.head.device) ? workspace_of<Kernel>(call.sizes).sums : 0;

@@ -404,6 +404,17 @@ def test_which_backward_runs(options, arch, passes, width):
 
 
 @emulated
+@pytest.mark.parametrize("heads, rows, keys", [(0, 20, 300), (2, 0, 300), (2, 20, 0)])
+def test_gradients_where_there_is_nothing_to_sum(heads, rows, keys):
+    q = torch.randn(1, heads, rows, 64, dtype=torch.float16, requires_grad=True)
+    k, v = (torch.randn(1, 2, keys, 64, dtype=torch.float16).requires_grad_() for _ in "kv")
+    with ways.EmulatedLibrary().running():
+        out = tilemask.attention(q, k, v, backend="cuda")
+        for gradient in torch.autograd.grad(out, (q, k, v), torch.ones_like(out)):
+            assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@emulated
 def test_a_backward_without_its_workspace_is_refused(monkeypatch):
     q, k, v, dout = tensors_of(64, dtype=torch.float16)
     with ways.EmulatedLibrary().running():
