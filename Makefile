@@ -49,7 +49,7 @@ wheel: $(INSTALLED)  ## the wheel, in dist/, with the CUDA kernels if nvcc is th
 	@rm -rf build/lib build/bdist.* dist/*.whl  # setuptools would pack files that are no longer there
 	@$(PY) -m build --wheel --no-isolation --outdir dist
 	@for wheel in dist/*linux*.whl; do \
-	  if [ -e $$wheel ]; then $(PY) -m auditwheel show $$wheel | head -n 3; fi; done
+	  if [ -e $$wheel ]; then $(PY) -m auditwheel show $$wheel | sed -n 1,3p; fi; done
 
 bench: $(INSTALLED)  ## python -m tilemask bench $(ARGS): table, JSON and HTML page in bench-results
 	@$(PY) -m tilemask bench $(ARGS)
