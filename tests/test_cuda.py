@@ -732,16 +732,18 @@ def test_the_device_changes_only_where_it_is_another(device, two_devices, monkey
     assert emulator.emu_contexts_open() == 0
 
 
-def forward_struct(**sizes: int) -> bytes:
-    """A TilemaskForward without tensors; sizes: those that are not 1."""
-    values = {"head.size": cuda.FORWARD.size, "head.abi": library.ABI}
+def struct_of(layout, **given) -> bytes:
+    """A struct of the header without tensors; given: the sizes that are not 1, other fields by
+    their names with "__" for the dot."""
+    values = {"head.size": layout.size, "head.abi": library.ABI}
     values["head.dtype"] = cuda.DTYPES[torch.float16]
     values |= dict.fromkeys((f"sizes.{name}" for name in SIZES), 1)
-    values |= {f"sizes.{name}": size for name, size in sizes.items()}
-    given = []
-    for name, kind in cuda.FORWARD.fields.items():
-        given += [values.get(name, 0)] * int(kind[:-1] or 1)
-    return cuda.FORWARD.pack(*given)
+    for name, value in given.items():
+        values[f"sizes.{name}" if name in SIZES else name.replace("__", ".")] = value
+    packed = []
+    for name, kind in layout.fields.items():
+        packed += [values.get(name, 0)] * int(kind[:-1] or 1)
+    return layout.pack(*packed)
 
 
 SIZES = ("batch", "heads", "kv_heads", "len_q", "len_k", "width", "width_v")
@@ -752,7 +754,7 @@ SIZES = ("batch", "heads", "kv_heads", "len_q", "len_k", "width", "width_v")
 def test_more_blocks_than_a_grid_has_are_refused(batch, refused):
     """By the library too, before it touches anything."""
     with ways.EmulatedLibrary().running():
-        code = library.load().tilemask_forward(forward_struct(batch=batch, heads=1 << 15))
+        code = library.load().tilemask_forward(struct_of(cuda.FORWARD, batch=batch, heads=1 << 15))
         assert not refused or library.error_text(code).endswith("is out of range")
     assert bool(code) == refused
 
@@ -761,9 +763,21 @@ def test_more_blocks_than_a_grid_has_are_refused(batch, refused):
 def test_a_struct_of_another_abi_has_no_workspace(monkeypatch):
     with ways.EmulatedLibrary().running():
         workspace = library.load().tilemask_forward_workspace
-        assert workspace(forward_struct(len_k=4096)) > 0
+        assert workspace(struct_of(cuda.FORWARD, len_k=4096)) > 0
         monkeypatch.setattr(library, "ABI", library.ABI + 1)
-        assert workspace(forward_struct(len_k=4096)) == 0
+        assert workspace(struct_of(cuda.FORWARD, len_k=4096)) == 0
+
+
+@emulated
+@pytest.mark.parametrize("tensor", ["q", "dout"])
+def test_rows_that_lie_far_apart_take_two_passes(tensor):
+    """The pass over column blocks counts from row to row by int32."""
+    given = {"width": 64, "width_v": 64, "sizes__scale": 1.0}
+    with ways.EmulatedLibrary().running():
+        workspace = library.load().tilemask_backward_workspace
+        for row, one_pass in ((64, True), ((1 << 31) - 8, True), (1 << 31, False)):
+            packed = struct_of(cuda.BACKWARD, **given, **{f"{tensor}__row": row})
+            assert (workspace(packed) > 0) == one_pass, row
 
 
 def test_the_ops_keep_the_name_of_the_backend():
