@@ -1,4 +1,5 @@
 // What belongs to no kernel: versions, errors, devices, tile shapes.
+#include "forward.cuh"
 #include "launch.cuh"
 #include "tiles.h"
 
@@ -42,12 +43,13 @@ extern "C" int tilemask_check_device(int device) {
   return code_of(error);
 }
 
-extern "C" int tilemask_tile(int kernel, int width, int32_t tile[2]) {
+extern "C" int tilemask_tile(int kernel, int width, int device, int32_t tile[2]) {
   if (width < 1 || width > WIDEST) return TILEMASK_WRONG_SIZE;
   TileShape shape;
   switch (kernel) {
     case TILEMASK_FORWARD:
-      shape = forward_tile(width);
+      shape = forward_rows(width, device) == forward_tile(width).block_m ? forward_tile(width)
+                                                                         : wide_forward_tile(width);
       break;
     case TILEMASK_DECODE:
       shape = decode_tile(width);
@@ -59,7 +61,6 @@ extern "C" int tilemask_tile(int kernel, int width, int32_t tile[2]) {
       shape = dkv_tile(width);
       break;
     case TILEMASK_DQKV:
-      if (width > 128) return TILEMASK_WRONG_SIZE;
       shape = dqkv_tile(width);
       break;
     default:

@@ -22,6 +22,9 @@ inline bool is_decoding(const TilemaskForward& call) {
   return call.sizes.len_q <= DECODE_ROWS || call.folded;
 }
 
+// The rows of a tile of the forward that does not decode.
+int forward_rows(int width, int device);
+
 // How many shares the rows of a call are split into, and where in its workspace they go.
 int share_workspace(ForwardCall& call, int& splits);
 

@@ -7,6 +7,7 @@
 
 #include "ptx/mma.cuh"
 #include "tilemask.h"
+#include "tiles.h"
 
 #define TILEMASK_TRY(expression)                    \
   do {                                              \
@@ -67,19 +68,23 @@ struct Number {
   static constexpr int value = VALUE;
 };
 
-// body(T(), Number<WIDTH>(), Flag<GENERAL>()) for what a call has: the one place where kernels are
-// instantiated.
+// body(T(), Number<WIDTH>()) for what a call has: the one place where kernels are instantiated.
 template <typename Body>
-int dispatch(int dtype, int width, bool general, Body body) {
+auto dispatch(int dtype, int width, Body body) {
   const auto with_type = [&](auto type) {
-    const auto with_width = [&](auto padded) {
-      return general ? body(type, padded, Flag<true>()) : body(type, padded, Flag<false>());
-    };
-    return width <= 64    ? with_width(Number<64>())
-           : width <= 128 ? with_width(Number<128>())
-                          : with_width(Number<256>());
+    return width <= 64    ? body(type, Number<64>())
+           : width <= 128 ? body(type, Number<128>())
+                          : body(type, Number<256>());
   };
   return dtype == TILEMASK_FLOAT16 ? with_type(Float16()) : with_type(BFloat16());
+}
+
+// body(T(), Number<WIDTH>(), Flag<GENERAL>()).
+template <typename Body>
+int dispatch(int dtype, int width, bool general, Body body) {
+  return dispatch(dtype, width, [&](auto type, auto padded) {
+    return general ? body(type, padded, Flag<true>()) : body(type, padded, Flag<false>());
+  });
 }
 
 // A function of the CUDA driver, or null.
@@ -126,6 +131,25 @@ class DeviceScope {
   int code_ = 0, device_ = -1;
   bool pushed_ = false;
 };
+
+// Bytes of shared memory of a multiprocessor, and the most that a block may have; 0 on errors.
+struct SharedMemory {
+  int multiprocessor = 0, block = 0;
+};
+
+inline SharedMemory shared_memory(int device) {
+  SharedMemory bytes;
+  if (cudaDeviceGetAttribute(&bytes.multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+                             device) ||
+      cudaDeviceGetAttribute(&bytes.block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device))
+    return {};
+  return bytes;
+}
+
+// Whether a multiprocessor holds so many blocks at once, by their shared memory.
+inline bool holds(const SharedMemory& bytes, int blocks, int shared) {
+  return bytes.block >= shared && bytes.multiprocessor >= blocks * (shared + RESERVED_SHARED);
+}
 
 // Launches kernel(call), with more than 48 KiB of shared memory where it asks for it. The current
 // device is the call's: see DeviceScope.

@@ -86,12 +86,31 @@ __device__ __forceinline__ const uint32_t* keys_of(const TilemaskMask& mask, int
 }
 
 // Whether padding leaves column col in; the others are never read. live: [start, end); keys:
-// keys_of its batch, not null.
+// keys_of its batch.
 __device__ __forceinline__ bool is_live_column(Interval live, const uint32_t* keys, int col) {
-  bool bit = false;
-  if (visible(live, true, col))
+  bool bit = true;
+  if (keys && visible(live, true, col))
     bit = keys[col / 128 * 4 + col % 8 / 2] >> (col % 128 / 8 * 2 + col % 2) & 1;
   return visible(live, bit, col);
+}
+
+// The same of columns col, col + STEP, ...: bit i is the i-th of them. By the interval alone.
+template <int STEP>
+__device__ __forceinline__ uint32_t live_columns(Interval live, int col) {
+  static_assert((STEP & (STEP - 1)) == 0, "divisions are shifts");
+  const int first = (live.lo - col + STEP - 1) >> log2_of(STEP);
+  const int last = (live.hi - col + STEP - 1) >> log2_of(STEP);
+  return shl(~0u, max(first, 0)) & ~shl(~0u, max(last, 0));
+}
+
+// Of COUNT columns, by the keys too.
+template <int STEP, int COUNT>
+__device__ __forceinline__ uint32_t live_columns(Interval live, const uint32_t* keys, int col) {
+  uint32_t bits = 0;
+#pragma unroll 1
+  for (int i = 0; i < COUNT; ++i)
+    bits |= static_cast<uint32_t>(is_live_column(live, keys, col + i * STEP)) << i;
+  return bits;
 }
 
 // -- words ----------------------------------------------------------------------------------------
@@ -101,18 +120,24 @@ __device__ __forceinline__ int bits_below(int column, int lane) {
   return 2 * (column >> 3) + min(max((column & 7) - 2 * lane, 0), 2);
 }
 
-// The word of an interval in COLUMNS columns; lo and hi count from the first of them. lo <= hi.
-template <int COLUMNS>
-__device__ __forceinline__ uint32_t interval_bits(Interval row, int lane) {
-  if constexpr (COLUMNS <= 32) {
-    // a bit for each column, then of every eight the two of this lane: to 24, 26, 28 and 30
-    const uint32_t bits = shl(~0u, max(row.lo, 0)) & ~shl(~0u, max(row.hi, 0));
-    constexpr uint32_t GATHER = 1u << 24 | 1u << 18 | 1u << 12 | 1u << 6;
-    return (bits >> 2 * lane & 0x03030303u) * GATHER >> 24;
-  } else {
-    int lo = min(max(row.lo, 0), COLUMNS), hi = min(max(row.hi, 0), COLUMNS);
-    return shl(~0u, bits_below(lo, lane)) & ~shl(~0u, bits_below(hi, lane));
-  }
+// An interval of columns as words of the lanes 0 to 3 have it: how many of their bits lie below lo
+// and below hi, from column 0 on. Worked out once for a row, so that a tile's word is few steps.
+struct LaneIntervals {
+  Interval of[4];
+};
+
+__device__ __forceinline__ LaneIntervals by_lane(Interval row) {
+  LaneIntervals bits;
+#pragma unroll
+  for (int lane = 0; lane < 4; ++lane)
+    bits.of[lane] = {bits_below(row.lo, lane), bits_below(row.hi, lane)};
+  return bits;
+}
+
+// The word of a lane's interval, from column `first` on, a multiple of 8. lo <= hi.
+__device__ __forceinline__ uint32_t interval_word(Interval bits, uint32_t first) {
+  const int before = first / 4;
+  return shl(~0u, max(bits.lo - before, 0)) & ~shl(~0u, max(bits.hi - before, 0));
 }
 
 // Where the words of batch b and head h start; null if the mask has none.
@@ -125,61 +150,57 @@ __device__ __forceinline__ const uint32_t* words_of(const TilemaskMask& mask, in
 // Packed bits of a line against the columns from `first`; rows and columns exchanged where the
 // words are by column.
 __device__ __forceinline__ uint32_t line_word(const TilemaskMask& mask, const uint32_t* words,
-                                              int line, int first, int lane) {
+                                              int line, uint32_t first, int lane) {
   uint32_t word = words[first / 128 * mask.words_group + line * mask.words_line + lane];
   return word >> (first % 128 / 4);
 }
 
-__device__ __forceinline__ uint32_t key_word(const uint32_t* keys, int first, int lane) {
+__device__ __forceinline__ uint32_t key_word(const uint32_t* keys, uint32_t first, int lane) {
   return keys[first / 128 * 4 + lane] >> (first % 128 / 4);
 }
 
-// `visible` of COLUMNS columns from first_col, packed for lane = 0 to 3, for the accumulator rows
-// of a thread: 16m + 8i below `row`, rows[0] being the interval of that one. words, keys: words_of
+// `visible` of the columns from first_col on, packed for lane = 0 to 3, for the accumulator rows
+// of a thread: 16m + 8i below `row`, rows[0] being the intervals of that one. words, keys: words_of
 // its head and keys_of its batch.
-template <int COLUMNS, int MT>
+template <int MT>
 __device__ __forceinline__ void tile_words(uint32_t (&word)[MT][2], const TilemaskMask& mask,
                                            const uint32_t* words, const uint32_t* keys,
-                                           const Interval* rows, int row, int first_col, int len_q,
-                                           int lane) {
+                                           const LaneIntervals* rows, int row, uint32_t first_col,
+                                           int len_q, int lane) {
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      word[m][i] = interval_word(rows[16 * m + 8 * i].of[lane], first_col);
+  if (!words && !keys) return;
   const uint32_t key = keys ? key_word(keys, first_col, lane) : ~0u;
+  if (words) words += first_col / 128 * mask.words_group + lane;
 #pragma unroll
   for (int m = 0; m < MT; ++m)
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const Interval seen = rows[16 * m + 8 * i];
-      word[m][i] = key & interval_bits<COLUMNS>({seen.lo - first_col, seen.hi - first_col}, lane);
+      const int line = row + 16 * m + 8 * i;
+      word[m][i] &= key;
+      if (words && line < len_q)
+        word[m][i] &= words[line * mask.words_line] >> (first_col % 128 / 4);
     }
-  if (words) {
-    words += first_col / 128 * mask.words_group + lane;
-#pragma unroll
-    for (int m = 0; m < MT; ++m)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int line = row + 16 * m + 8 * i;
-        if (line < len_q) word[m][i] &= words[line * mask.words_line] >> (first_col % 128 / 4);
-      }
-  }
 }
 
-// `visible` of ROWS rows from first_row, packed, for the columns that are a thread's accumulator
-// rows: 16m + 8i from `col`. Less explicit intervals, see masked_transposed, and the key bits: dK
-// and dV of a dead key are zeroed at the end.
-template <int ROWS, int MT>
+// `visible` of the rows from first_row on, packed, for the columns that are a thread's accumulator
+// rows: 16m + 8i from `col`, cols[0] being the rows that see that one. Less explicit intervals, see
+// masked_transposed, and the key bits: dK and dV of a dead key are zeroed at the end.
+template <int MT>
 __device__ __forceinline__ void tile_words_transposed(uint32_t (&word)[MT][2],
                                                       const TilemaskMask& mask,
-                                                      const uint32_t* words, const Bounds& bounds,
-                                                      int col, int first_row, int len_k, int lane) {
+                                                      const uint32_t* words,
+                                                      const LaneIntervals* cols, int col,
+                                                      uint32_t first_row, int len_k, int lane) {
 #pragma unroll
   for (int m = 0; m < MT; ++m)
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int own = col + 16 * m + 8 * i;
-      word[m][i] = ~0u;
-      if (!mask.lo) {
-        const Interval rows = column_interval(bounds, own);
-        word[m][i] = interval_bits<ROWS>({rows.lo - first_row, rows.hi - first_row}, lane);
-      }
+      word[m][i] = interval_word(cols[16 * m + 8 * i].of[lane], first_row);
       if (words && own < len_k) word[m][i] &= line_word(mask, words, own, first_row, lane);
     }
 }

@@ -245,9 +245,9 @@ __device__ __forceinline__ uint4 load_words(const uint32_t* words, int64_t at) {
 // `visible` of 128 columns for a row that meets them, from its words.
 __device__ __forceinline__ uint4 within(Interval own, uint4 word) {
   if (own.lo <= 0 && own.hi >= WORD_COLUMNS) return word;
-  return word & make_uint4(interval_bits<WORD_COLUMNS>(own, 0), interval_bits<WORD_COLUMNS>(own, 1),
-                           interval_bits<WORD_COLUMNS>(own, 2),
-                           interval_bits<WORD_COLUMNS>(own, 3));
+  const LaneIntervals bits = by_lane(own);
+  return word & make_uint4(interval_word(bits.of[0], 0), interval_word(bits.of[1], 0),
+                           interval_word(bits.of[2], 0), interval_word(bits.of[3], 0));
 }
 
 // A block's warps share 32 rows: each looks at every fourth group of columns within their reach,

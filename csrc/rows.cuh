@@ -22,6 +22,7 @@ struct RowBlock {
   Interval live;  // outside are no live columns
   int b, h, bh, first_row;
   Interval rows[BLOCK_M];
+  LaneIntervals lanes[BLOCK_M];  // the same
 };
 
 // Fills it in; all threads call this, and a barrier must follow. visits: of the call, or null.
@@ -31,9 +32,12 @@ __device__ __forceinline__ void find_rows(RowBlock<BLOCK_M>& mine, const Call& c
                                           int32_t* visits) {
   const TilemaskSizes& sizes = call.sizes;
   const int b = bh / sizes.heads, h = bh % sizes.heads, first_row = row_block * BLOCK_M;
-  if (threadIdx.x < BLOCK_M)
-    mine.rows[threadIdx.x] =
+  if (threadIdx.x < BLOCK_M) {
+    const Interval row =
         row_interval(call.mask, bounds, b, h, first_row + threadIdx.x, sizes.len_q);
+    mine.rows[threadIdx.x] = row;
+    mine.lanes[threadIdx.x] = by_lane(row);
+  }
   if (threadIdx.x > 0) return;
   const int kv_head = h / (sizes.heads / sizes.kv_heads);
   const int row_blocks = cdiv(sizes.len_q, BLOCK_M), col_blocks = cdiv(sizes.len_k, BLOCK_N);
@@ -49,21 +53,25 @@ __device__ __forceinline__ void find_rows(RowBlock<BLOCK_M>& mine, const Call& c
   mine.options = options_of<GENERAL>(call.score, b, h, bh);
 }
 
-// Starts the copy of a column block of k or v, as a group of its own. MASKED: what padding excludes
-// is never read, 0 * NaN would be NaN.
-template <int BLOCK_N, int WIDTH, int THREADS, bool ANY, bool MASKED, int BLOCK_M>
-__device__ __forceinline__ void load_columns(const RowBlock<BLOCK_M>& mine, uint32_t tile,
-                                             const Head& head, int block) {
-  const auto copy = [&](auto rolled, auto inside) {
-    load_tile<BLOCK_N, WIDTH, THREADS, ANY, rolled.value>(tile, head, block * BLOCK_N, inside);
-  };
-  const Interval live = mine.live;
-  const uint32_t* keys = mine.keys;
-  if (!MASKED)
-    copy(Flag<false>(), [](int) { return true; });
-  else if (keys)
-    copy(Flag<true>(), [&](int col) { return is_live_column(live, keys, col); });
+// Which rows of k and v a thread copies of a column block, a bit for each: what padding excludes is
+// never read, 0 * NaN would be NaN.
+template <int BLOCK_N, int WIDTH, int THREADS, int BLOCK_M>
+__device__ __forceinline__ uint32_t live_copies(const RowBlock<BLOCK_M>& mine, int block) {
+  using Copy = TileCopy<BLOCK_N, WIDTH, THREADS>;
+  const int col = block * BLOCK_N + Copy::row();
+  if (const uint32_t* keys = mine.keys)
+    return live_columns<Copy::STEP, Copy::COUNT>(mine.live, keys, col);
+  return live_columns<Copy::STEP>(mine.live, col);
+}
+
+// Starts the copy of a column block of k or v, as a group of its own. MASKED: of what `own` says,
+// see live_copies; else all of it.
+template <int BLOCK_N, int WIDTH, int THREADS, bool ANY, bool MASKED>
+__device__ __forceinline__ void load_columns(uint32_t tile, const Head& head, int block,
+                                             uint32_t own) {
+  if constexpr (MASKED)
+    load_rows<BLOCK_N, WIDTH, THREADS, ANY>(tile, head, block * BLOCK_N, own);
   else
-    copy(Flag<false>(), [&](int col) { return visible(live, true, col); });
+    load_tile<BLOCK_N, WIDTH, THREADS, ANY>(tile, head, block * BLOCK_N, [](int) { return true; });
   cp_async_commit_group();
 }

@@ -27,8 +27,8 @@
 //     not per score; shared memory is busy for 75 cycles a score, tensor cores for 64
 //   width 256 (32 x 32):  16 mma, 12 ldmatrix, 1 exchange, 4, 1.6 lse and delta, 4 copies = 38.6;
 //     at most 86, with 8 scores a step
-// Partial tiles: at most 17 more at width 64, of which the words of columns and the select are
-// half; 29 at width 128, where a thread has words for twice as many columns as it has rows; 34 at
+// Partial tiles: at most 11 more at width 64, of which the words of columns and the select are a
+// third; 18 at width 128, where a thread has words for twice as many columns as it has rows; 20 at
 // width 256.
 #include "backward.cuh"
 #include "mask.cuh"
@@ -53,10 +53,11 @@ struct WalkedRows {
 };
 
 // What all threads of a block share. In shared memory: registers are for accumulators.
-template <int BLOCK_M>
+template <int BLOCK_M, int BLOCK_N>
 struct ColBlock {
   WalkedRows<BLOCK_M> rows[2];
-  Visit visit;  // from here to h: of one query head
+  LaneIntervals seen_by[BLOCK_N];  // rows, by column; all of them where intervals are explicit
+  Visit visit;                     // from here to h: of one query head
   int32_t* visits;
   Head q, dout;
   const float *lse, *rest, *delta;
@@ -88,7 +89,7 @@ struct DkvKernel {
   static constexpr int DO_STAGES = WIDTH == 128 ? 2 : 1;
   static constexpr int OPERAND_BYTES = MT * NT / 2 * WARP * 16;  // of a warp's p or ds
   static constexpr int EXCHANGE_BYTES = ACROSS > 1 ? 2 * WARPS * OPERAND_BYTES : 0;
-  static constexpr int STATE_BYTES = (sizeof(ColBlock<BLOCK_M>) + 1023) / 1024 * 1024;
+  static constexpr int STATE_BYTES = (sizeof(ColBlock<BLOCK_M, BLOCK_N>) + 1023) / 1024 * 1024;
   static constexpr int SHARED =
       STATE_BYTES + 2 * K_BYTES + (2 + DO_STAGES) * Q_BYTES + EXCHANGE_BYTES;
   static_assert(BLOCK_M == WARP, "a lane reads lse and delta of a row");
@@ -121,7 +122,7 @@ __global__ void __launch_bounds__(DkvKernel<T, WIDTH, GENERAL>::THREADS, 1)
   const int width_at = warp % ACROSS * (WIDTH / ACROSS);  // my share of dk's and dv's columns
 
   extern __shared__ __align__(1024) uint8_t shared[];
-  ColBlock<BLOCK_M>& mine = *reinterpret_cast<ColBlock<BLOCK_M>*>(shared);
+  ColBlock<BLOCK_M, BLOCK_N>& mine = *reinterpret_cast<ColBlock<BLOCK_M, BLOCK_N>*>(shared);
   const uint32_t k_tile = shared_address(shared) + Kernel::STATE_BYTES;
   const uint32_t v_tile = k_tile + Kernel::K_BYTES, q_tile = v_tile + Kernel::K_BYTES;
   const uint32_t do_tile = q_tile + 2 * Kernel::Q_BYTES;
@@ -131,7 +132,7 @@ __global__ void __launch_bounds__(DkvKernel<T, WIDTH, GENERAL>::THREADS, 1)
   const auto is_live = [&](const Bounds& bounds, int b, int col) {
     const uint32_t* keys = keys_of(mask, b);
     const Interval live{bounds.start, bounds.end};
-    return keys ? is_live_column(live, keys, col) : visible(live, true, col);
+    return is_live_column(live, keys, col);
   };
   {
     const Bounds bounds = load_bounds(mask, b, len_q, len_k);
@@ -142,6 +143,9 @@ __global__ void __launch_bounds__(DkvKernel<T, WIDTH, GENERAL>::THREADS, 1)
     load_mine(k_tile, head_of(call.k, b, kv_head, call.sizes.width, call.k_chunked));
     load_mine(v_tile, head_of(call.v, b, kv_head, call.sizes.width_v, call.v_chunked));
     cp_async_commit_group();
+    for (int col = threadIdx.x; col < BLOCK_N; col += THREADS)
+      mine.seen_by[col] =
+          by_lane(mask.lo ? Interval{-FAR, FAR} : column_interval(bounds, first_col + col));
     if (threadIdx.x == 0) {
       mine.b = b, mine.kv_head = kv_head;
       mine.h = first_head - 1, mine.last_head = first_head + group;
@@ -260,8 +264,8 @@ __global__ void __launch_bounds__(DkvKernel<T, WIDTH, GENERAL>::THREADS, 1)
     }
     if constexpr (PARTIAL) {
       uint32_t words[MT][2];
-      tile_words_transposed<ROWS>(words, mask, mine.words, mine.bounds, mine.first_col + own_col,
-                                  first_row, len_k, lane);
+      tile_words_transposed(words, mask, mine.words, mine.seen_by + own_col,
+                            mine.first_col + own_col, first_row, len_k, lane);
       masked(p, 0, words);
       if (mask.lo) masked_transposed(p, rows.seen + 2 * pair, mine.first_col + own_col);
     }

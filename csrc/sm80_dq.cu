@@ -15,8 +15,8 @@
 //     loop
 //   width 128 (128 x 32):  6 mma, 2.5 ldmatrix, 3.5, 0.5 copies = 12.5; at most 19
 //   width 256 (64 x 16):  12 mma, 10 ldmatrix, 3.5, 3.2 copies = 28.7; at most 53
-// Partial tiles: at most 12 more, of which the words of rows and the select are 4; 39 at width
-// 256, where a thread has 8 scores to share them.
+// Partial tiles: at most 8 more, of which the words of rows and the select are 4; 23 at width 256,
+// where a thread has 8 scores to share them.
 #include "backward.cuh"
 #include "mask.cuh"
 #include "rows.cuh"
@@ -88,14 +88,16 @@ __global__ void __launch_bounds__(DqKernel<T, WIDTH, GENERAL>::THREADS, 1)
                               call.visits_dq);
   __syncthreads();
 
-  const auto load = [&](auto masked, uint32_t tile, const Head& head, int block) {
-    load_columns<BLOCK_N, WIDTH, THREADS, GENERAL, masked.value>(mine, tile, head, block);
+  const auto load = [&](auto masked, uint32_t tile, const Head& head, int block, uint32_t own) {
+    load_columns<BLOCK_N, WIDTH, THREADS, GENERAL, masked.value>(tile, head, block, own);
   };
+  const auto copies = [&](int block) { return live_copies<BLOCK_N, WIDTH, THREADS>(mine, block); };
   const bool any = mine.visit.partial + mine.visit.full > 0;
   int block = any ? visited_block(mine.visit, 0) : 0;
   if (any) {
-    load(Flag<true>(), k_tile, mine.k, block);
-    load(Flag<true>(), v_tile, mine.v, block);
+    const uint32_t own = copies(block);
+    load(Flag<true>(), k_tile, mine.k, block, own);
+    load(Flag<true>(), v_tile, mine.v, block, own);
     cp_async_wait_group<2>();
   } else {
     cp_async_wait_group<0>();
@@ -143,7 +145,8 @@ __global__ void __launch_bounds__(DqKernel<T, WIDTH, GENERAL>::THREADS, 1)
     if (more) block = visited_block(mine.visit, t + 1);
     cp_async_wait_group<0>();
     __syncthreads();  // k and v are here, and nobody reads the last k any more
-    if (more) load(partial, k_tile + Kernel::K_BYTES - stage, mine.k, block);
+    const uint32_t own = PARTIAL && more ? copies(block) : 0;
+    if (more) load(partial, k_tile + Kernel::K_BYTES - stage, mine.k, block, own);
 
     // dp = do @ v.T - delta
     float ds[MT][NT][4];
@@ -153,7 +156,7 @@ __global__ void __launch_bounds__(DqKernel<T, WIDTH, GENERAL>::THREADS, 1)
       fill_rows(ds, mine.minus_delta + own_row);
     multiply_transposed<T, WIDTH>(ds, opaque(do_lanes), opaque(v_lanes));
     __syncthreads();  // nobody reads this v any more
-    if (more) load(partial, v_tile, mine.v, block);
+    if (more) load(partial, v_tile, mine.v, block, own);
     if constexpr (GENERAL) {
       if (score.seed) {
         uint32_t words[MT][2];
@@ -184,8 +187,8 @@ __global__ void __launch_bounds__(DqKernel<T, WIDTH, GENERAL>::THREADS, 1)
           ds[m][n][e] *= weight<NATURAL, false>(scores[m][n][e], lse[m][e / 2], call.scale_log2);
     if constexpr (PARTIAL) {
       uint32_t words[MT][2];
-      tile_words<BLOCK_N>(words, mask, mine.words, mine.keys, mine.rows + own_row,
-                          mine.first_row + own_row, first_col, len_q, lane);
+      tile_words(words, mask, mine.words, mine.keys, mine.lanes + own_row, mine.first_row + own_row,
+                 first_col, len_q, lane);
       masked(ds, 0, words);
     }
 

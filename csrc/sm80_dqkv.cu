@@ -9,10 +9,10 @@
 //     -> scale -> store
 //   round_kernel: dq scaled and rounded
 //
-// As in dkv_kernel everything inside is transposed, and at width 128 two warps share 32 keys: each
-// computes p and ds of half the rows, hands them to the other and holds half the columns of dk and
-// dv. ds also goes to shared memory for dq, of which a warp computes 32 rows and a share of the
-// columns.
+// As in dkv_kernel everything inside is transposed, and beyond a width of 64 two warps share 32
+// keys (16 at width 256): each computes p and ds of half the rows, hands them to the other and
+// holds half the columns of dk and dv. ds also goes to shared memory for dq, of which a warp
+// computes 32 rows and a share of the columns.
 //
 // dq is summed up in float32 in global memory, by the column blocks of a row block one after the
 // other, the last first: so gradients are the same in every run, which atomic additions would not
@@ -29,7 +29,9 @@
 //     0.3 dq, 0.2 copies = 12.9; at most 18.5 with the loop
 //   width 128 (128 x 64):  10 mma, 4.1 ldmatrix, 4, 0.8 stores and exchange, 0.6 lse and delta, 0.5
 //     dq, 0.3 copies = 20.3; at most 28
-// Partial tiles: at most 3 more, of which the select is 1.
+//   width 256 (64 x 64):  20 mma, 11.6 ldmatrix, 4, 1.8 stores and exchange, 0.9 lse and delta, 2
+//     dq, 1 copies = 41.3; at most 59, of FlashAttention-2's 54.4 and a tenth
+// Partial tiles: at most 3 more (4 at width 256), of which the select is 1.
 #include "backward.cuh"
 #include "mask.cuh"
 #include "ptx/barrier.cuh"
@@ -71,7 +73,7 @@ struct Walked {
 template <int BLOCK_M, int BLOCK_N>
 struct ColBlock {
   WalkedRows<BLOCK_M> rows[2];
-  Interval seen_by[BLOCK_N];  // rows, by column
+  LaneIntervals seen_by[BLOCK_N];  // rows, by column
   Ranges visit;
   Walked q, dout;
   const WalkedRows<BLOCK_M>* walked;  // from here to visits: of one query head
@@ -79,7 +81,7 @@ struct ColBlock {
   int32_t* turns;
   int32_t* visits;
   Bounds bounds;
-  int h, last_head, b, kv_head, col_block, first_col;
+  int h, first_head, last_head, b, kv_head, col_block, first_col;
 };
 
 template <typename T, int WIDTH>
@@ -95,11 +97,13 @@ struct DqkvKernel {
   static constexpr int ROW_BLOCKS = BLOCK_M / 8;  // blocks of 8 x 8 across ds
   static constexpr int K_BYTES = TILE_BYTES<BLOCK_N, WIDTH>;
   static constexpr int Q_BYTES = TILE_BYTES<BLOCK_M, WIDTH>;
+  static constexpr int Q_STAGES = WIDTH <= 128 ? 2 : 1;  // two where there is room
   static constexpr int DS_BYTES = BLOCK_M * BLOCK_N * 2;
   static constexpr int OPERAND_BYTES = MT * NT / 2 * WARP * 16;  // of a warp's p
   static constexpr int EXCHANGE_BYTES = ACROSS > 1 ? WARPS * OPERAND_BYTES : 0;
   static constexpr int STATE_BYTES = (sizeof(ColBlock<BLOCK_M, BLOCK_N>) + 1023) / 1024 * 1024;
-  static constexpr int SHARED = STATE_BYTES + 2 * K_BYTES + 3 * Q_BYTES + DS_BYTES + EXCHANGE_BYTES;
+  static constexpr int SHARED =
+      STATE_BYTES + 2 * K_BYTES + (Q_STAGES + 1) * Q_BYTES + DS_BYTES + EXCHANGE_BYTES;
   static constexpr int SUMS_BYTES = BLOCK_M * WIDTH * sizeof(float);  // of a row block's dq
   static constexpr int BLOCKS = WIDTH <= 64 ? 2 : 1;                  // planned on a multiprocessor
   static constexpr int ROWS_CHUNKS = sizeof(WalkedRows<BLOCK_M>) / 16;
@@ -121,7 +125,8 @@ __global__ void __launch_bounds__(DqkvKernel<T, WIDTH>::THREADS, 1)
   ColBlock<BLOCK_M, BLOCK_N>& mine = *reinterpret_cast<ColBlock<BLOCK_M, BLOCK_N>*>(shared);
   const uint32_t k_tile = shared_address(shared) + Kernel::STATE_BYTES;
   const uint32_t v_tile = k_tile + Kernel::K_BYTES, q_tile = v_tile + Kernel::K_BYTES;
-  const uint32_t do_tile = q_tile + 2 * Kernel::Q_BYTES, ds_tile = do_tile + Kernel::Q_BYTES;
+  const uint32_t do_tile = q_tile + Kernel::Q_STAGES * Kernel::Q_BYTES,
+                 ds_tile = do_tile + Kernel::Q_BYTES;
   const uint32_t exchange = ds_tile + Kernel::DS_BYTES;
 
   // where am I: blocks count as they start, the last column block first
@@ -131,7 +136,8 @@ __global__ void __launch_bounds__(DqkvKernel<T, WIDTH>::THREADS, 1)
     const int number = atomicAdd(call.started, 1), b_kv = number / col_blocks;
     mine.b = b_kv / call.sizes.kv_heads, mine.kv_head = b_kv % call.sizes.kv_heads;
     mine.col_block = col_blocks - 1 - number % col_blocks;
-    mine.h = mine.kv_head * group - 1, mine.last_head = mine.kv_head * group + group;
+    mine.first_head = mine.kv_head * group, mine.last_head = mine.first_head + group;
+    mine.h = mine.first_head - 1;
     mine.bounds = load_bounds(call.mask, mine.b, len_q, len_k);
     mine.first_col = mine.col_block * BLOCK_N;
     mine.visit = row_ranges<BLOCK_M, BLOCK_N>(mine.bounds, mine.first_col);
@@ -150,7 +156,7 @@ __global__ void __launch_bounds__(DqkvKernel<T, WIDTH>::THREADS, 1)
     load_mine(v_tile, head_of(call.v, mine.b, mine.kv_head, call.sizes.width_v, true));
     cp_async_commit_group();
     for (int col = threadIdx.x; col < BLOCK_N; col += THREADS)
-      mine.seen_by[col] = column_interval(mine.bounds, first_col + col);
+      mine.seen_by[col] = by_lane(column_interval(mine.bounds, first_col + col));
   }
 
   // starts a copy of q or do: rows that see nothing are never read
@@ -199,12 +205,16 @@ __global__ void __launch_bounds__(DqkvKernel<T, WIDTH>::THREADS, 1)
   const auto dqkv_step = [&](auto partial, int block) {
     constexpr bool PARTIAL = decltype(partial)::value;
     const int stage = block % 2;
-    const uint32_t q_at = stage * Kernel::Q_BYTES;
+    const uint32_t q_at = Kernel::Q_STAGES == 2 ? stage * Kernel::Q_BYTES : 0;
     const WalkedRows<BLOCK_M>& rows = mine.rows[stage];
+    const auto next_alive = [&]() -> const uint32_t (&)[2] {  // anew, as place()
+      return mine.rows[opaque(block) % 2].next_alive;
+    };
     cp_async_wait_group<0>();
     __syncthreads();  // q, do and their rows are here, and nobody reads the last ones any more
     if (block + 1 < mine.visit.last) {
-      load(q_tile + Kernel::Q_BYTES - q_at, mine.q, block + 1, rows.next_alive);
+      if (Kernel::Q_STAGES == 2)
+        load(q_tile + Kernel::Q_BYTES - q_at, mine.q, block + 1, rows.next_alive);
       load_rows(1 - stage, block + 1);
     }
     cp_async_commit_group();
@@ -237,11 +247,9 @@ __global__ void __launch_bounds__(DqkvKernel<T, WIDTH>::THREADS, 1)
 #pragma unroll
       for (int m = 0; m < MT; ++m)
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const Interval seen = mine.seen_by[at.col + at.lane / 4 + 16 * m + 8 * i];
-          words[m][i] =
-              interval_bits<ROWS>({seen.lo - first_row, seen.hi - first_row}, at.lane % 4);
-        }
+        for (int i = 0; i < 2; ++i)
+          words[m][i] = interval_word(
+              mine.seen_by[at.col + at.lane / 4 + 16 * m + 8 * i].of[at.lane % 4], first_row);
       masked(p, 0, words);
     }
 #pragma unroll
@@ -279,7 +287,7 @@ __global__ void __launch_bounds__(DqkvKernel<T, WIDTH>::THREADS, 1)
       while (ld_acquire(turn) != mine.col_block) {
       }
       if (mine.visits)
-        atomicAdd(mine.visits + 2ll * block * cdiv(len_k, BLOCK_N) + (PARTIAL ? 0 : 1), 1);
+        atomicAdd(mine.visits + 2ll * block * cdiv(opaque(len_k), BLOCK_N) + (PARTIAL ? 0 : 1), 1);
     }
     __syncthreads();  // ds is here, and nobody reads this do any more
     float dq[Kernel::DQ_MT][Kernel::DQ_NT][4];
@@ -293,7 +301,7 @@ __global__ void __launch_bounds__(DqkvKernel<T, WIDTH>::THREADS, 1)
           body(dq[m][n], sums + (m * Kernel::DQ_NT + n) * THREADS * 4);
     };
     each_four([](float (&four)[4], float* at) { ld_global_cg(four, at); });
-    if (block + 1 < mine.visit.last) load(do_tile, mine.dout, block + 1, rows.next_alive);
+    if (block + 1 < mine.visit.last) load(do_tile, mine.dout, block + 1, next_alive());
     cp_async_commit_group();
 
     // dk += ds @ q, dq += ds.T @ k
@@ -302,6 +310,11 @@ __global__ void __launch_bounds__(DqkvKernel<T, WIDTH>::THREADS, 1)
       load_blocks<Kernel::ROW_BLOCKS>(
           ds_rounded, block_at<Kernel::ROW_BLOCKS>(ds_tile, now.col / 8, other_row / 8), now.lane);
       multiply<T, WIDTH>(dk, ds_rounded, opaque(other_along) + q_at);
+    }
+    if constexpr (Kernel::Q_STAGES == 1) {
+      __syncthreads();  // nobody reads this q any more
+      if (block + 1 < mine.visit.last) load(q_tile, mine.q, block + 1, next_alive());
+      cp_async_commit_group();
     }
     constexpr int DQ_WARPS = WIDTH / Kernel::DQ_WIDTH;  // that share rows of dq
     const uint32_t dq_row = now.warp / DQ_WARPS * Kernel::DQ_ROWS;
@@ -319,8 +332,7 @@ __global__ void __launch_bounds__(DqkvKernel<T, WIDTH>::THREADS, 1)
     if (thread_index() == 0) {
       const int col_blocks = cdiv(opaque(len_k), BLOCK_N);
       const int row_blocks = cdiv(opaque(len_q), BLOCK_M);
-      const int group = call.sizes.heads / call.sizes.kv_heads;
-      if (mine.h >= mine.kv_head * group && mine.visit.first < mine.visit.last)
+      if (mine.h >= mine.first_head && mine.visit.first < mine.visit.last)
         st_release(mine.turns + mine.visit.last - 1, mine.col_block - 1);
       if (++mine.h < mine.last_head) {
         const int b = mine.b, h = mine.h, bh = b * call.sizes.heads + h;
@@ -342,7 +354,8 @@ __global__ void __launch_bounds__(DqkvKernel<T, WIDTH>::THREADS, 1)
     if (mine.h == mine.last_head) break;
     int block = mine.visit.first;
     if (block == mine.visit.last) continue;
-    load(q_tile + block % 2 * Kernel::Q_BYTES, mine.q, block, mine.walked[block].alive);
+    load(q_tile + block % Kernel::Q_STAGES * Kernel::Q_BYTES, mine.q, block,
+         mine.walked[block].alive);
     load(do_tile, mine.dout, block, mine.walked[block].alive);
     load_rows(block % 2, block);
     cp_async_commit_group();
@@ -537,24 +550,6 @@ bool is_near(const TilemaskTensor& tensor) {
   return tensor.row == static_cast<int32_t>(tensor.row);
 }
 
-// Whether a multiprocessor holds as many blocks at once as are planned.
-template <typename Kernel>
-bool has_room(int device) {
-  int bytes = 0;
-  const cudaError_t error =
-      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  return !error && bytes >= Kernel::BLOCKS * (Kernel::SHARED + RESERVED_SHARED);
-}
-
-// body(T(), Number<WIDTH>()) for what a call has.
-template <typename Body>
-auto of_kernel(const BackwardCall& call, Body body) {
-  const bool narrow = max_width(call.sizes) <= 64;
-  if (call.head.dtype == TILEMASK_FLOAT16)
-    return narrow ? body(Float16(), Number<64>()) : body(Float16(), Number<128>());
-  return narrow ? body(BFloat16(), Number<64>()) : body(BFloat16(), Number<128>());
-}
-
 }  // namespace
 
 int64_t dqkv_workspace(const BackwardCall& call, bool general) {
@@ -562,17 +557,18 @@ int64_t dqkv_workspace(const BackwardCall& call, bool general) {
   const bool affine = !mask.lo && !mask.words && !mask.keys && !call.lists.counts;
   const bool near = is_near(call.q) && is_near(call.dout);
   const bool any = call.sizes.len_q > 0 && call.sizes.heads > 0;  // else nobody counts from 0
-  if (general || !affine || !near || !any || max_width(call.sizes) > 128) return 0;
-  return of_kernel(call, [&](auto type, auto width) -> int64_t {
+  if (general || !affine || !near || !any) return 0;
+  return dispatch(call.head.dtype, max_width(call.sizes), [&](auto type, auto width) -> int64_t {
     using Kernel = DqkvKernel<decltype(type), width.value>;
-    return has_room<Kernel>(call.head.device) ? workspace_of<Kernel>(call.sizes).sums : 0;
+    const bool room = holds(shared_memory(call.head.device), Kernel::BLOCKS, Kernel::SHARED);
+    return room ? workspace_of<Kernel>(call.sizes).sums : 0;
   });
 }
 
 int launch_dqkv(const BackwardCall& given) {
   DqkvCall call{given};
   const TilemaskSizes& sizes = call.sizes;
-  return of_kernel(call, [&](auto type, auto width) -> int {
+  return dispatch(call.head.dtype, max_width(sizes), [&](auto type, auto width) -> int {
     using T = decltype(type);
     constexpr int WIDTH = width.value;
     using Kernel = DqkvKernel<T, WIDTH>;

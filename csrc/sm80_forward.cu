@@ -12,9 +12,10 @@
 //   width 64, 128 x 64 tiles: 2 mma, 0.5 ldmatrix, 4.5 softmax (maximum, multiply-add, exp2, sum,
 //       half a conversion), 0.4 copies with their addresses = 7.4; at most 10 with the loop
 //   width 128, 128 x 32: 4 mma, 1.5 ldmatrix, 4.5 softmax, 0.8 copies = 10.8; at most 16
-//   width 256, 64 x 32: 8 mma, 5 ldmatrix, 4.5 softmax, 3.2 copies = 20.7; at most 31
-// and for acc * rescale, which softmax_step seldom does, 1.2, 4.5 and 9 more. Partial tiles: at
-// most 8, 12 and 24 more, the words of all kinds of masks included, of which a call uses some.
+//   width 256, 128 x 64 or 64 x 64 (see forward_rows): 8 mma, 4.5 ldmatrix, 4.5 softmax, 0.8 or
+//       1.6 copies = 18.6; at most 25
+// and for acc * rescale, which softmax_step seldom does, 1.2, 4.5 and 4.5 more. Partial tiles: at
+// most 5, 8 and 8 more, the words of all kinds of masks included, of which a call uses some.
 #include "forward.cuh"
 #include "launch.cuh"
 #include "mask.cuh"
@@ -27,9 +28,15 @@
 
 namespace {
 
-template <typename T, int WIDTH, bool GENERAL, bool DECODE>
+constexpr TileShape shape_of(int width, int rows) {
+  if (rows == DECODE_ROWS) return decode_tile(width);
+  return rows == forward_tile(width).block_m ? forward_tile(width) : wide_forward_tile(width);
+}
+
+template <typename T, int WIDTH, bool GENERAL, int ROWS>
 struct ForwardKernel {
-  static constexpr TileShape SHAPE = DECODE ? decode_tile(WIDTH) : forward_tile(WIDTH);
+  static constexpr TileShape SHAPE = shape_of(WIDTH, ROWS);
+  static constexpr bool DECODE = ROWS == DECODE_ROWS;
   static constexpr int BLOCK_M = SHAPE.block_m, BLOCK_N = SHAPE.block_n;
   static constexpr int THREADS = SHAPE.warps * WARP;
   static constexpr int MT = SHAPE.row_tiles;
@@ -44,13 +51,16 @@ struct ForwardKernel {
   static constexpr int MERGE_BYTES = DECODE ? merge_bytes(WIDTH, SHAPE.across) : 0;
   static constexpr int SHARED =
       STATE_BYTES + (TILES_BYTES > MERGE_BYTES ? TILES_BYTES : MERGE_BYTES);
-  static_assert(SHARED <= MOST_SHARED, "a block fits on every GPU");
+  static constexpr bool WIDE = !DECODE && ROWS != forward_tile(WIDTH).block_m;
+  static_assert(BLOCK_M == ROWS, "a tile for these rows");
+  static_assert(WIDE || SHARED <= MOST_SHARED, "a block fits on every GPU");
 };
 
-template <typename T, int WIDTH, bool GENERAL, bool DECODE>
-__global__ void __launch_bounds__(ForwardKernel<T, WIDTH, GENERAL, DECODE>::THREADS, 1)
+template <typename T, int WIDTH, bool GENERAL, int ROWS>
+__global__ void __launch_bounds__(ForwardKernel<T, WIDTH, GENERAL, ROWS>::THREADS, 1)
     forward_kernel(const __grid_constant__ ForwardCall call) {
-  using Kernel = ForwardKernel<T, WIDTH, GENERAL, DECODE>;
+  using Kernel = ForwardKernel<T, WIDTH, GENERAL, ROWS>;
+  constexpr bool DECODE = Kernel::DECODE;
   constexpr int BLOCK_M = Kernel::BLOCK_M, BLOCK_N = Kernel::BLOCK_N, THREADS = Kernel::THREADS;
   constexpr int MT = Kernel::MT, NT = Kernel::NT, COLUMNS = Kernel::COLUMNS;
   constexpr bool NATURAL = Kernel::NATURAL;
@@ -84,16 +94,17 @@ __global__ void __launch_bounds__(ForwardKernel<T, WIDTH, GENERAL, DECODE>::THRE
   if (DECODE && threadIdx.x == 0) mine.visit = share_of(mine.visit, blockIdx.y, gridDim.y);
   __syncthreads();
 
-  const auto load = [&](auto masked, uint32_t tile, const Head& head, int block) {
-    load_columns<BLOCK_N, WIDTH, THREADS, GENERAL, masked.value>(mine, tile, head, block);
+  const auto load = [&](auto masked, uint32_t tile, const Head& head, int block, uint32_t own) {
+    load_columns<BLOCK_N, WIDTH, THREADS, GENERAL, masked.value>(tile, head, block, own);
   };
   const bool any = mine.visit.partial + mine.visit.full > 0;
   int block = any ? visited_block(mine.visit, 0) : 0;
-  if (any) load(Flag<true>(), k_tile, mine.k, block);
+  uint32_t own = live_copies<BLOCK_N, WIDTH, THREADS>(mine, block);  // of partial tiles
+  if (any) load(Flag<true>(), k_tile, mine.k, block, own);
 
-  const uint32_t q_lanes = lanes_along_rows<WIDTH>(q_tile, warp_row);
-  const uint32_t k_lanes = lanes_across_rows<WIDTH>(k_tile, warp_col);
-  const uint32_t v_lanes = lanes_along_rows<WIDTH>(v_tile, warp_col);
+  const uint32_t q_lanes = opaque(lanes_along_rows<WIDTH>(q_tile, warp_row));
+  const uint32_t k_lanes = opaque(lanes_across_rows<WIDTH>(k_tile, warp_col));
+  const uint32_t v_lanes = opaque(lanes_along_rows<WIDTH>(v_tile, warp_col));
   uint32_t q_reg[MT][WIDTH / 16][4];
   if constexpr (Kernel::Q_IN_REGISTERS) {
     cp_async_wait_group<0>();
@@ -117,7 +128,8 @@ __global__ void __launch_bounds__(ForwardKernel<T, WIDTH, GENERAL, DECODE>::THRE
     if (more) block = visited_block(mine.visit, t + 1);
     cp_async_wait_group<0>();
     __syncthreads();  // k is here, and nobody reads the last v any more
-    load(partial, v_tile, mine.v, first_col / BLOCK_N);
+    load(partial, v_tile, mine.v, first_col / BLOCK_N, own);
+    if (PARTIAL) own = live_copies<BLOCK_N, WIDTH, THREADS>(mine, block);
 
     // scores = q @ k.T, biased and masked
     float scores[MT][NT][4];
@@ -128,15 +140,15 @@ __global__ void __launch_bounds__(ForwardKernel<T, WIDTH, GENERAL, DECODE>::THRE
       multiply_transposed<T, WIDTH>(scores, opaque(q_lanes), opaque(k_lanes));
     cp_async_wait_group<0>();
     __syncthreads();  // v is here, and nobody reads this k any more
-    if (more) load(partial, k_tile, mine.k, block);
+    if (more) load(partial, k_tile, mine.k, block, own);
     if constexpr (GENERAL)
       scored(scores, NoBend(), score, mine.options,
              Place<false>{mine.first_row + own_row, first_col + 2 * lane}, call.sizes.scale, len_q,
              len_k);
     if constexpr (PARTIAL) {
       uint32_t words[MT][2];
-      tile_words<COLUMNS>(words, mask, mine.words, mine.keys, mine.rows + own_row,
-                          mine.first_row + own_row, first_col, len_q, lane);
+      tile_words(words, mask, mine.words, mine.keys, mine.lanes + own_row, mine.first_row + own_row,
+                 first_col, len_q, lane);
       masked(scores, -INFINITY, words);
     }
 
@@ -198,17 +210,26 @@ __global__ void __launch_bounds__(ForwardKernel<T, WIDTH, GENERAL, DECODE>::THRE
       mine.first_row + warp_row, [&](int row) { return row < len_q; });
 }
 
-template <typename T, int WIDTH, bool GENERAL, bool DECODE>
+template <typename T, int WIDTH, bool GENERAL, int ROWS>
 int launch_forward(const ForwardCall& call, int splits) {
-  using Kernel = ForwardKernel<T, WIDTH, GENERAL, DECODE>;
+  using Kernel = ForwardKernel<T, WIDTH, GENERAL, ROWS>;
   const TilemaskSizes& sizes = call.sizes;
   TILEMASK_TRY(check_lists(call.mask, call.lists, Kernel::BLOCK_M, Kernel::BLOCK_N));
   dim3 grid(cdiv(sizes.len_q, Kernel::BLOCK_M) * sizes.batch * sizes.heads, splits);
-  return launch(forward_kernel<T, WIDTH, GENERAL, DECODE>, grid, Kernel::THREADS, Kernel::SHARED,
+  return launch(forward_kernel<T, WIDTH, GENERAL, ROWS>, grid, Kernel::THREADS, Kernel::SHARED,
                 call);
 }
 
 }  // namespace
+
+int forward_rows(int width, int device) {
+  if (width <= 128) return forward_tile(width).block_m;
+  constexpr int ROWS = forward_tile(256).block_m, WIDE_ROWS = wide_forward_tile(256).block_m;
+  const SharedMemory bytes = shared_memory(device);
+  const bool two = holds(bytes, 2, ForwardKernel<Float16, 256, false, ROWS>::SHARED);
+  const bool wide = holds(bytes, 1, ForwardKernel<Float16, 256, false, WIDE_ROWS>::SHARED);
+  return wide && !two ? WIDE_ROWS : ROWS;
+}
 
 extern "C" int tilemask_forward(const TilemaskForward* given) {
   TILEMASK_TRY(check_call(*given, given->sizes));
@@ -227,11 +248,15 @@ extern "C" int tilemask_forward(const TilemaskForward* given) {
   int splits = 1;
   TILEMASK_TRY(share_workspace(call, splits));
   const bool decode = is_decoding(call);
+  const int rows = forward_rows(max_width(sizes), call.head.device);
   TILEMASK_TRY(
       dispatch(call.head.dtype, max_width(sizes), general, [&](auto type, auto width, auto any) {
         using T = decltype(type);
-        return decode ? launch_forward<T, width.value, any.value, true>(call, splits)
-                      : launch_forward<T, width.value, any.value, false>(call, 1);
+        constexpr int WIDTH = width.value, ROWS = forward_tile(WIDTH).block_m;
+        constexpr int WIDE_ROWS = wide_forward_tile(WIDTH).block_m;
+        if (decode) return launch_forward<T, WIDTH, any.value, DECODE_ROWS>(call, splits);
+        return rows == ROWS ? launch_forward<T, WIDTH, any.value, ROWS>(call, 1)
+                            : launch_forward<T, WIDTH, any.value, WIDE_ROWS>(call, 1);
       }));
   return splits > 1 ? merge_parts(call, splits, general) : TILEMASK_OK;
 }

@@ -73,6 +73,7 @@ struct Term {
   Options options;
   Interval live;  // outside are no live columns
   Interval rows[BLOCK_M];
+  LaneIntervals lanes[BLOCK_M];  // the same
 };
 
 template <typename T, int WIDTH, bool GENERAL>
@@ -183,6 +184,7 @@ __global__ void __launch_bounds__(THREADS, WIDTH <= 128 ? 2 : 1)
         const Bounds bounds = load_bounds(mask, b, len_q, len_k);
         const Interval seen = row_interval(mask, bounds, b, h, first_row + threadIdx.x, len_q);
         term.rows[threadIdx.x] = seen;
+        term.lanes[threadIdx.x] = by_lane(seen);
         any = seen.lo < first_col + BLOCK_N && seen.hi > first_col;
       } else if (threadIdx.x == THREADS - 1) {
         const Bounds bounds = load_bounds(mask, b, len_q, len_k);
@@ -202,8 +204,8 @@ __global__ void __launch_bounds__(THREADS, WIDTH <= 128 ? 2 : 1)
         term.live = {bounds.start, bounds.end};
       }
       if (!__syncthreads_or(any)) continue;
-      tile_words<COLUMNS>(next_words, mask, term.words, term.keys, term.rows + own_row,
-                          first_row + own_row, first_col + warp_col, len_q, lane);
+      tile_words(next_words, mask, term.words, term.keys, term.lanes + own_row, first_row + own_row,
+                 first_col + warp_col, len_q, lane);
       uint32_t found = 0;
 #pragma unroll
       for (int m = 0; m < MT; ++m) found |= next_words[m][0] | next_words[m][1];
@@ -220,13 +222,9 @@ __global__ void __launch_bounds__(THREADS, WIDTH <= 128 ? 2 : 1)
     load_tile<BLOCK_M, WIDTH, THREADS, GENERAL>(rows_smem, row_head, first_row, [&](int row) {
       return is_alive(term.rows[row - first_row]);
     });
-    const Interval live = term.live;
-    if (const uint32_t* keys = term.keys)
-      load_tile<BLOCK_N, WIDTH, THREADS, GENERAL, true>(
-          cols_smem, col_head, first_col, [&](int col) { return is_live_column(live, keys, col); });
-    else
-      load_tile<BLOCK_N, WIDTH, THREADS, GENERAL>(
-          cols_smem, col_head, first_col, [&](int col) { return visible(live, true, col); });
+    load_tile<BLOCK_N, WIDTH, THREADS, GENERAL, true>(cols_smem, col_head, first_col, [&](int col) {
+      return is_live_column(term.live, term.keys, col);
+    });
   };
 
   float total[MT][NT][4];

@@ -18,7 +18,7 @@ extern "C" {
 #endif
 
 #define TILEMASK_API __attribute__((visibility("default")))
-#define TILEMASK_ABI 2 /* grows with every change of a struct */
+#define TILEMASK_ABI 3 /* grows with every change of a struct or a function */
 
 enum { TILEMASK_FLOAT16 = 1, TILEMASK_BFLOAT16 = 2, TILEMASK_FLOAT32 = 3 }; /* 3: bias, sums only */
 
@@ -37,7 +37,7 @@ enum {
   TILEMASK_DECODE = 1,
   TILEMASK_DQ = 2,
   TILEMASK_DKV = 3,
-  TILEMASK_DQKV = 4, /* dQ, dK and dV in one pass, for widths up to 128 */
+  TILEMASK_DQKV = 4, /* dQ, dK and dV in one pass */
 };
 
 /* [B, heads, length, width], last stride 1 */
@@ -207,9 +207,9 @@ TILEMASK_API const char* tilemask_error_text(int code);
 /* 0 if the GPU can run the library, else an error code. */
 TILEMASK_API int tilemask_check_device(int device);
 
-/* The tile (rows, columns) of a kernel, TILEMASK_FORWARD to TILEMASK_DQKV. width: the larger of D
- * and Dv. */
-TILEMASK_API int tilemask_tile(int kernel, int width, int32_t tile[2]);
+/* The tile (rows, columns) of a kernel, TILEMASK_FORWARD to TILEMASK_DQKV, on a GPU. width: the
+ * larger of D and Dv. */
+TILEMASK_API int tilemask_tile(int kernel, int width, int device, int32_t tile[2]);
 
 TILEMASK_API int64_t tilemask_forward_workspace(const TilemaskForward*);
 TILEMASK_API int tilemask_forward(const TilemaskForward*);

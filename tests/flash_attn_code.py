@@ -103,10 +103,14 @@ CHOICES = [
     Choice("forward", 128, 128, 64, 4, ("sm_80",)),
     Choice("forward", 128, 128, 32, 4, ("sm_86",), causal=(False,)),
     Choice("forward", 128, 64, 64, 4, ("sm_86",), causal=(True,)),
+    Choice("forward", 256, 128, 64, 8, ("sm_80",)),
+    Choice("forward", 256, 64, 64, 4, ("sm_86",)),
     Choice("backward", 64, 128, 128, 8, ("sm_80",), rest="4, 4, 4, false, false"),
     Choice("backward", 64, 64, 128, 8, ("sm_86",), rest="2, 4, 4, true, false"),
     Choice("backward", 128, 64, 128, 8, ("sm_80",), rest="2, 4, 2, false, false"),
     Choice("backward", 128, 64, 64, 8, ("sm_86",), rest="4, 2, 2, true, false"),
+    Choice("backward", 256, 64, 64, 8, ("sm_80",), rest="4, 2, 2, false, true"),
+    Choice("backward", 256, 64, 32, 8, ("sm_86",), rest="4, 1, 2, true, true"),
 ]
 
 

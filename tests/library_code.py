@@ -31,6 +31,7 @@ from ptx_emulator import build  # noqa: E402
 
 STATIC = ROOT / "bench" / "results" / "static"
 LOOPS = ("sm80_forward", "sm80_dqkv", "sm80_dq", "sm80_dkv")  # sources of loops over tiles
+KERNELS = ("forward", "wide_forward", "decode", "dq", "dkv", "dqkv")  # with tiles of their own
 WARP = 32
 
 # Cycles for which a warp's instruction occupies a part of sm_80 that one scheduler uses, or its
@@ -53,7 +54,7 @@ PIPES = {
 class Kernel:
     """One kernel of a cubin."""
 
-    name: str  # forward_kernel<BFloat16, 64, false, false>
+    name: str  # forward_kernel<BFloat16, 64, false, 128>
     registers: int
     stack: int  # bytes
     instructions: list[str]  # mnemonics
@@ -138,7 +139,7 @@ def shortest(instructions: list[str], ways: list[list[int]], first: int, last: i
 
 
 def readable(symbol: str) -> str:
-    """kernel<BFloat16, 64, false> from a mangled name."""
+    """kernel<BFloat16, 64, false, 16> from a mangled name."""
     name, arguments = re.search(r"\d([a-z_]+_kernel)(?:I(.*?)EE)?", symbol).groups()
     if not arguments:
         return name
@@ -154,9 +155,15 @@ def width_of(kernel: Kernel) -> int:
 def shape_of(kernel: Kernel) -> dict[str, int]:
     """Its TileShape."""
     name = kernel.name.split("_")[0]
-    if name == "forward" and kernel.name.endswith("true>"):
-        name = "decode"
-    elif name in ("dq", "dkv") and kernel.name.endswith("true>"):
+    if name == "forward":
+        rows = int(re.search(r"(\d+)>", kernel.name)[1])
+        kinds = ("decode", "forward", "wide_forward")
+        return next(
+            shape
+            for shape in (tile_shapes()[kind, width_of(kernel)] for kind in kinds)
+            if shape["block_m"] == rows
+        )
+    if name in ("dq", "dkv") and kernel.name.endswith("true>"):
         name = f"general {name}"
     return tile_shapes()[name, width_of(kernel)]
 
@@ -200,7 +207,7 @@ def expected(kernel: Kernel) -> dict[str, int]:
 @functools.cache
 def tile_shapes() -> dict[tuple[str, int], dict[str, int]]:
     """What csrc/tiles.h says, by kernel and width."""
-    calls = {name: f"{name}_tile(%d)" for name in ("forward", "decode", "dq", "dkv", "dqkv")}
+    calls = {name: f"{name}_tile(%d)" for name in KERNELS}
     calls |= {f"general {name}": f"{name}_tile(%d, true)" for name in ("dq", "dkv")}
     lines = "".join(
         f'show("{name}", {width}, {call % width});'

@@ -272,7 +272,7 @@ def test_interleaved_blocks(name):
 
 # -- the backward in one pass ---------------------------------------------------------------------
 
-# with the widths that it is for; the last rows and keys are parts of tiles
+# the last rows and keys are parts of tiles
 ONE_PASS = {
     "everything": None,
     "causal": masks.causal(),
@@ -290,7 +290,7 @@ def tensors_of(width: int, **kind):
 
 
 @emulated
-@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("width", [64, 128, 256])
 @pytest.mark.parametrize("name", ONE_PASS)
 def test_column_blocks_take_turns_at_dq(name, width):
     """Many at once or one after the other, on any schedule: the same bits, and they wait for each
@@ -337,7 +337,7 @@ bool agree(const Bounds& bounds, int len_q, int len_k) {
   return true;
 }
 int main() {
-  constexpr TileShape NARROW = dqkv_tile(64), WIDE = dqkv_tile(128);
+  constexpr TileShape NARROW = dqkv_tile(64), WIDE = dqkv_tile(128), WIDEST = dqkv_tile(256);
   int visited = 0;
   for (int i = 0; i < 100000; ++i) {
     const int len_q = draw(1, 700), len_k = draw(1, 900);
@@ -345,7 +345,8 @@ int main() {
                         bound(1000), bound(1000), draw(0, 1) * draw(0, len_q),
                         draw(0, 1) ? len_q : draw(0, len_q)};
     if (!agree<NARROW.block_m, NARROW.block_n>(bounds, len_q, len_k) ||
-        !agree<WIDE.block_m, WIDE.block_n>(bounds, len_q, len_k)) {
+        !agree<WIDE.block_m, WIDE.block_n>(bounds, len_q, len_k) ||
+        !agree<WIDEST.block_m, WIDEST.block_n>(bounds, len_q, len_k)) {
       printf("lengths %d %d, bounds %d %d %d %d %d %d\n", len_q, len_k, bounds.start, bounds.end,
              bounds.left, bounds.right, bounds.q_start, bounds.q_end);
       return 1;
@@ -399,8 +400,19 @@ def test_which_backward_runs(options, arch, passes, width):
         kernels = [
             name for kernel in launched() for name in re.findall(r"d(?:q|kv|qkv)_kernel", kernel)
         ]
-    one_pass = passes == 1 and width <= 128
-    assert kernels == (["dqkv_kernel"] if one_pass else ["dq_kernel", "dkv_kernel"])
+    assert kernels == (["dqkv_kernel"] if passes == 1 else ["dq_kernel", "dkv_kernel"])
+
+
+@emulated
+@pytest.mark.parametrize("arch, rows", [(80, 128), (86, 64), (89, 64), (90, 64), (120, 64)])
+def test_the_forward_tile_of_wide_heads_is_that_of_the_gpu(arch, rows):
+    """sm_80 has room for one large block or one small, sm_90 for two small ones, others for one."""
+    q = torch.randn(1, 1, 20, 256, dtype=torch.float16)
+    with ways.EmulatedLibrary(arch=arch).running():
+        assert cuda.tile_of("forward", 256, q.device) == (rows, 64)
+        assert cuda.tile_of("forward", 128, q.device) == (128, 32)
+        tilemask.attention(q, q, q, mask=masks.dense(torch.rand(20, 20) < 0.5), backend="cuda")
+        assert any(f"Li256ELb0ELi{rows}E" in kernel for kernel in launched())
 
 
 @emulated
@@ -461,7 +473,7 @@ def test_fragments_load_without_bank_conflicts(width):
             assert counts["ldmatrix_wavefronts"] == 4 * counts["ldmatrix"], kernel
             loads[kernel] = counts["ldmatrix"]
     # decoding; without options and with: forward; dQ, dK and dV in one pass or in two
-    assert len(loads) == (6 if width <= 128 else 7)
+    assert len(loads) == 6
 
 
 @emulated
@@ -586,7 +598,7 @@ def both(monkeypatch):
             monkeypatch.setattr(backend, "unfit", lambda device: None)
         monkeypatch.setattr(triton, "architecture", lambda device: arch)
         monkeypatch.setattr(cuda, "row_of", lambda device: tuning.row_of(arch))
-        monkeypatch.setattr(cuda, "tile_of", lambda kernel, width: (64, 64))
+        monkeypatch.setattr(cuda, "tile_of", lambda kernel, width, device: (64, 64))
 
     return on
 

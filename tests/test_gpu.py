@@ -166,7 +166,7 @@ def test_gradients_are_deterministic(kind, data):
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("width", [64, 128, 256])
 @pytest.mark.parametrize("kind", ["everything", "causal", "window"])
 def test_many_column_blocks_are_deterministic(kind, width):
     """More than run at once: those of the CUDA library take turns at dq."""

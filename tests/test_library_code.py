@@ -21,30 +21,31 @@ SHARED_MEMORY = 164 * 1024  # of a multiprocessor of sm_80
 # Instructions per score that a loop may have at most, by kernel and width: what the comment at the
 # head of its source aims for. The first is that of full tiles. Loops are counted as if every branch
 # were taken: with acc * rescale.
-RESCALE = {64: 1.2, 128: 4.5, 256: 9}
+RESCALE = {64: 1.2, 128: 4.5, 256: 4.5}
 AIMS = {
-    ("forward", 64): (10 + RESCALE[64], 18 + RESCALE[64]),
-    ("forward", 128): (16 + RESCALE[128], 28 + RESCALE[128]),
-    ("forward", 256): (31 + RESCALE[256], 54 + RESCALE[256]),
+    ("forward", 64): (10 + RESCALE[64], 15 + RESCALE[64]),
+    ("forward", 128): (16 + RESCALE[128], 24 + RESCALE[128]),
+    ("forward", 256): (25 + RESCALE[256], 33 + RESCALE[256]),
     ("dqkv", 64): (18.5, 21.5),
     ("dqkv", 128): (28, 31),
-    ("dq", 64): (13, 25),
-    ("dq", 128): (19, 31),
-    ("dq", 256): (53, 92),
-    ("dkv", 64): (17, 34),
-    ("dkv", 128): (34, 63),
-    ("dkv", 256): (86, 120),
+    ("dqkv", 256): (59, 63),
+    ("dq", 64): (13, 21),
+    ("dq", 128): (19, 27),
+    ("dq", 256): (53, 76),
+    ("dkv", 64): (17, 28),
+    ("dkv", 128): (34, 52),
+    ("dkv", 256): (86, 106),
 }
 
 # Blocks of threads on a multiprocessor of sm_80 at once, for widths up to 64, 128 and 256.
 PLANNED = {
-    "forward": (2, 2, 2),
-    "general forward": (2, 2, 2),
+    "forward": (2, 2, 1),
+    "general forward": (2, 2, 1),
     "decode": (4, 2, 2),
-    "general decode": (3, 2, 2),
+    "general decode": (4, 2, 2),
     "dq": (2, 1, 1),
     "general dq": (2, 1, 1),
-    "dqkv": (2, 1, None),  # as of Kernel::BLOCKS there
+    "dqkv": (2, 1, 1),  # as of Kernel::BLOCKS there
     "dkv": (2, 2, 1),
     "general dkv": (1, 2, 1),
 }
@@ -67,7 +68,7 @@ def test_everything_stays_in_registers(source, arch):
 def test_loops_have_the_products_and_loads_of_a_tile(source, arch):
     found = library_code.kernels(source, arch)
     found = [kernel for kernel in found if kernel.loops]
-    counts = {"sm80_forward": 24, "sm80_dqkv": 4, "sm80_dq": 12, "sm80_dkv": 12}
+    counts = {"sm80_forward": 28, "sm80_dqkv": 6, "sm80_dq": 12, "sm80_dkv": 12}
     assert len(found) == counts[source]
     for kernel in found:
         full, partial = kernel.loops
@@ -96,11 +97,11 @@ def run_everything(width: int):
 
 
 def planned(name: str) -> int:
-    """PLANNED of a kernel<type, width, general[, decode]>."""
-    kernel, width, general, decode = re.fullmatch(
-        r"(\w+)_kernel<BFloat16, (\d+)(?:, (\w+))?(?:, (\w+))?>", name
+    """PLANNED of a kernel<type, width[, general[, rows]]>."""
+    kernel, width, general, rows = re.fullmatch(
+        r"(\w+)_kernel<BFloat16, (\d+)(?:, (\w+))?(?:, (\d+))?>", name
     ).groups()
-    kernel = "decode" if decode == "true" else kernel
+    kernel = "decode" if rows == "16" else kernel
     blocks = PLANNED[f"general {kernel}" if general == "true" else kernel]
     return blocks[(64, 128, 256).index(int(width))]
 
@@ -117,7 +118,7 @@ def test_as_many_blocks_run_at_once_as_planned(width):
             by_registers = REGISTER_FILE // (warp * counts["threads"] // library_code.WARP)
             by_memory = SHARED_MEMORY // (counts["shared_bytes"] + 1024)
             found[kernel.name] = min(by_registers, by_memory, 2048 // counts["threads"])
-    assert len(found) == len(PLANNED) - (width > 128)
+    assert len(found) == len(PLANNED)
     assert found == {name: planned(name) for name in found}
 
 
@@ -125,8 +126,8 @@ def test_as_many_blocks_run_at_once_as_planned(width):
 def test_loops_meet_their_aims(source):
     for kernel in library_code.kernels(source, "80"):
         name, width = kernel.name.split("_")[0], int(re.search(r", (\d+)", kernel.name)[1])
-        if ", true" in kernel.name or not kernel.loops:
-            continue
+        if ", true" in kernel.name or ", 16>" in kernel.name or not kernel.loops:
+            continue  # with options, or decoding
         scores = library_code.scores_per_thread(kernel)
         for loop, aim in zip(kernel.loops, AIMS[name, width], strict=True):
             assert len(loop) / scores <= aim, f"{kernel.name}: {len(loop) / scores:.1f} > {aim}"
@@ -169,12 +170,12 @@ def loops_of(name: str) -> dict:
     return json.loads((library_code.STATIC / "sm_80.json").read_text())["kernels"][name]["loops"]
 
 
-@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("width", [64, 128, 256])
 def test_the_forward_against_a_published_one(width):
     """At most a tenth more than in FlashAttention-2, whose loop rescales acc in every step. A
     partial tile here: one of a mask without bits, and the copies of the next tile; there: of a
     causal mask."""
-    loops = loops_of(f"forward_kernel<BFloat16, {width}, false, false>")
+    loops = loops_of(f"forward_kernel<BFloat16, {width}, false, 128>")
     full = loops["full"]["per_score"] - RESCALE[width]
     assert full <= 1.1 * published("forward", width, "full")
     copies = full - loops["full"]["least_per_score"]
@@ -183,7 +184,7 @@ def test_the_forward_against_a_published_one(width):
 
 
 @pytest.mark.parametrize("kind", ["full", "partial"])
-@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("width", [64, 128, 256])
 def test_the_backward_against_a_published_one(width, kind):
     """Where it takes one pass: at most a tenth more than FlashAttention-2, in full tiles and in
     those that a mask cuts, there a causal one. Its dQ is added up in no fixed order."""
@@ -193,8 +194,8 @@ def test_the_backward_against_a_published_one(width, kind):
 
 def test_readable_names():
     symbol = "_ZN48_GLOBAL__N__a1d71094_15_sm80_forward_cu_7440856014forward_kernelI8BFloat16"
-    name = library_code.readable(symbol + "Li64ELb0ELb1EEEv11ForwardCall")
-    assert name == "forward_kernel<BFloat16, 64, false, true>"
+    name = library_code.readable(symbol + "Li64ELb0ELi16EEEv11ForwardCall")
+    assert name == "forward_kernel<BFloat16, 64, false, 16>"
     assert library_code.readable("_ZN12_GLOBAL__N_112probe_kernelEv") == "probe_kernel"
     symbol = (
         "_ZN1__GLOBAL__N__a1_12_sm80_dqkv_cu_13f0f1aa11dqkv_kernelI7Float16Li128EEEvNS_8DqkvCallE"

@@ -121,7 +121,7 @@ class EmulatedLibrary:
         import ptx_emulator
 
         from tilemask import library
-        from tilemask.backends import cuda
+        from tilemask.backends import cuda, prepared
 
         loaded, emulator = emulated_library(90 if self.arch == 90 else 80), ptx_emulator.library()
         settings = (self.config or ptx_emulator.Config(seed=1, asynchronous="random")).packed()
@@ -145,6 +145,7 @@ class EmulatedLibrary:
 
         stand_ins = {"pointer": pointer, "launch": launch}
         stand_ins |= {"unfit": lambda device: None, "unavailable": lambda: None}
+        stand_ins["tile_of"] = prepared.asked_once(cuda.tile_of.__wrapped__)  # of this GPU
         own = {name: getattr(cuda, name) for name in stand_ins}
         load, library.load = library.load, lambda: loaded
         vars(cuda).update(stand_ins)
@@ -236,9 +237,7 @@ def visits(name: str, dtype: str, tile, device: str, backend: str = "triton") ->
             given["q"].detach(), given["k"].detach(), given["v"].detach(), case.mask(device)
         )
         assert backends.choose(call, backend) is kernels
-        passes = ["dq", "dkv"]
-        if backend == "cuda" and max(call.q.shape[3], call.v.shape[3]) <= 128:
-            passes.append("dqkv")  # in the place of the others
+        passes = ["dq", "dkv"] + ["dqkv"] * (backend == "cuda")  # in the place of the others
         shapes = {kernel: kernels.list_key(call, kernel)[:2] for kernel in ["forward", *passes]}
         counters = {kernel: counter(call, tile) for kernel, tile in shapes.items()}
         out, lse, rest = kernels.forward(call, counters["forward"])

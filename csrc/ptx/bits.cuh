@@ -4,6 +4,9 @@
 
 #include <stdint.h>
 
+// of a power of two
+__host__ __device__ constexpr int log2_of(int x) { return x > 1 ? 1 + log2_of(x / 2) : 0; }
+
 // 0 for n >= 32, where C++ leaves it open
 __device__ __forceinline__ uint32_t shl(uint32_t x, uint32_t n) {
   uint32_t y;

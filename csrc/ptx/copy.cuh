@@ -4,11 +4,15 @@
 
 #include <stdint.h>
 
-// 16 bytes, or 16 zero bytes where there is nothing to copy: then `global` is not read
-__device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
-               "r"(there ? 16 : 0)
-               : "memory");
+// 16 bytes, or, where `there` is 0, 16 zero bytes: then `global` is not read
+__device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, uint32_t there) {
+  asm volatile(
+      "{ .reg .pred there; .reg .b32 bytes;\n"
+      "  setp.ne.u32 there, %2, 0;\n"
+      "  selp.b32 bytes, 16, 0, there;\n"
+      "  cp.async.cg.shared.global [%0], [%1], 16, bytes; }" ::"r"(shared),
+      "l"(global), "r"(there)
+      : "memory");
 }
 
 // SIZE bytes, 4, 8 or 16, of which the first `bytes` are read and the others are 0

@@ -39,40 +39,67 @@ inline bool is_chunked(const TilemaskTensor& tensor, int width) {
   return steps % 8 == 0 && reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0;
 }
 
-// Starts the copy of ROWS rows from first_row into a tile, zeros for rows that inside(row) leaves
-// out and for columns past the width. ANY: rows may be of any width and alignment; without it they
-// are known to be chunked. ROLLED: where inside() is long.
-template <int ROWS, int WIDTH, int THREADS, bool ANY, bool ROLLED = false, typename Inside>
-__device__ __forceinline__ void load_tile(uint32_t tile, const Head& head, int first_row,
-                                          Inside inside) {
-  constexpr int CHUNKS = WIDTH / 8, STEP = THREADS / CHUNKS;
+// How threads share the copy of a tile: each copies one chunk of every STEP-th row.
+template <int ROWS, int WIDTH, int THREADS>
+struct TileCopy {
+  static constexpr int CHUNKS = WIDTH / 8, STEP = THREADS / CHUNKS, COUNT = ROWS / STEP;
   static_assert(THREADS % CHUNKS == 0 && ROWS % STEP == 0, "every thread copies equally many");
-  int row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+  __device__ static int row() { return threadIdx.x / CHUNKS; }  // the first
+  __device__ static int chunk() { return threadIdx.x % CHUNKS; }
+};
+
+// Starts the copy of ROWS rows from first_row into a tile, zeros where there(i) leaves a thread's
+// i-th row out and for columns past the width. ANY: rows may be of any width and alignment; without
+// it they are known to be chunked. ROLLED: where there() is long.
+template <int ROWS, int WIDTH, int THREADS, bool ANY, bool ROLLED = false, typename There>
+__device__ __forceinline__ void load_if(uint32_t tile, const Head& head, int first_row,
+                                        There there) {
+  using Copy = TileCopy<ROWS, WIDTH, THREADS>;
+  const int row = Copy::row(), chunk = Copy::chunk();
   const uint16_t* source = head.data + (first_row + row) * head.row + chunk * 8;
   if (!ANY || head.chunked) {
-    bool there = chunk * 8 < head.width;
-    const int64_t step = STEP * head.row;
-#pragma unroll ROLLED ? 1 : ROWS / STEP
-    for (int i = 0; i < ROWS; i += STEP) {
-      cp_async_16(chunk_address<WIDTH>(tile, row + i, chunk), source,
-                  there && inside(first_row + row + i));
+    const int64_t step = Copy::STEP * head.row;
+#pragma unroll ROLLED ? 1 : Copy::COUNT
+    for (int i = 0; i < Copy::COUNT; ++i) {
+      cp_async_16(chunk_address<WIDTH>(tile, row + i * Copy::STEP, chunk), source, there(i));
       source += step;
     }
   } else if constexpr (ANY) {
 #pragma unroll 1
-    for (int i = 0; i < ROWS; i += STEP) {
+    for (int i = 0; i < Copy::COUNT; ++i) {
       uint32_t pairs[4];
-      bool there = inside(first_row + row + i);
+      const bool any = there(i);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        bool exists = there && chunk * 8 + j < head.width;
-        uint32_t element = exists ? source[i * head.row + j] : 0;
+        const bool exists = any && chunk * 8 + j < head.width;
+        const uint32_t element = exists ? source[i * Copy::STEP * head.row + j] : 0;
         pairs[j / 2] = j % 2 ? pairs[j / 2] | element << 16 : element;
       }
-      st_shared_v4(chunk_address<WIDTH>(tile, row + i, chunk),
+      st_shared_v4(chunk_address<WIDTH>(tile, row + i * Copy::STEP, chunk),
                    make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
     }
   }
+}
+
+// The same where inside(row) says which rows are read.
+template <int ROWS, int WIDTH, int THREADS, bool ANY, bool ROLLED = false, typename Inside>
+__device__ __forceinline__ void load_tile(uint32_t tile, const Head& head, int first_row,
+                                          Inside inside) {
+  using Copy = TileCopy<ROWS, WIDTH, THREADS>;
+  const bool wide = Copy::chunk() * 8 < head.width;
+  load_if<ROWS, WIDTH, THREADS, ANY, ROLLED>(tile, head, first_row, [&](int i) {
+    return wide && inside(first_row + Copy::row() + i * Copy::STEP);
+  });
+}
+
+// The same where bit i of `own` says it of a thread's i-th row.
+template <int ROWS, int WIDTH, int THREADS, bool ANY>
+__device__ __forceinline__ void load_rows(uint32_t tile, const Head& head, int first_row,
+                                          uint32_t own) {
+  using Copy = TileCopy<ROWS, WIDTH, THREADS>;
+  static_assert(Copy::COUNT <= 32, "a bit for each row of a thread");
+  own = Copy::chunk() * 8 < head.width ? own : 0;
+  load_if<ROWS, WIDTH, THREADS, ANY>(tile, head, first_row, [&](int i) { return own & 1u << i; });
 }
 
 // A warp stores 16 * MT rows of a tile that it wrote itself; inside(row) as above.

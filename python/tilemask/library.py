@@ -11,7 +11,7 @@ import functools
 from pathlib import Path
 
 PATH = Path(__file__).with_name("libtilemask.so")
-ABI = 2  # TILEMASK_ABI in csrc/tilemask.h
+ABI = 3  # TILEMASK_ABI in csrc/tilemask.h
 NO_KERNEL = 6  # TILEMASK_NO_KERNEL
 INSUFFICIENT_DRIVER = -35  # cudaErrorInsufficientDriver: also what no driver at all looks like
 

@@ -426,10 +426,10 @@ def first_of(parts) -> Tensor:
 
 
 @asked_once
-def tile_of(kernel: str, width: int) -> tuple[int, int]:
-    """The tile shape of a kernel for the larger of D and Dv."""
+def tile_of(kernel: str, width: int, device: torch.device) -> tuple[int, int]:
+    """The tile shape of a kernel for the larger of D and Dv, on a GPU."""
     tile = (ctypes.c_int32 * 2)()
-    code = library.load().tilemask_tile(KERNELS[kernel], width, tile)
+    code = library.load().tilemask_tile(KERNELS[kernel], width, device.index or 0, tile)
     if code:
         raise RuntimeError(f"tilemask_tile({kernel}, {width}) failed: {library.error_text(code)}")
     return tuple(tile)
@@ -439,7 +439,8 @@ def list_key(call, kernel: str) -> tuple[int, int, bool]:
     """What the tile lists of a kernel are kept under: see prepared.lists_for."""
     if kernel == "forward" and is_decoding(call):
         kernel = "decode"
-    return *tile_of(kernel, max(call.q.shape[3], call.v.shape[3])), kernel == "dkv"
+    width = max(call.q.shape[3], call.v.shape[3])
+    return *tile_of(kernel, width, call.q.device), kernel == "dkv"
 
 
 def tile(call) -> tuple[int, int]:
