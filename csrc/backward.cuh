@@ -5,9 +5,9 @@
 //   delta = rowsum(do * out) - dlse
 //
 // FlashAttention-2 (Dao, arXiv:2307.08691) without atomic additions, so gradients are the same in
-// every run. dqkv_kernel does it in five products, for affine masks; see there for its order.
-// Others, and options, take seven in two kernels: dq_kernel walks the column blocks of a row block,
-// dkv_kernel the row blocks of a column block, and both compute scores and do v^T.
+// every run. dqkv_kernel does it in five products; see there for its order. Calls with options, and
+// GPUs without the room, take seven in two kernels: dq_kernel walks the column blocks of a row
+// block, dkv_kernel the row blocks of a column block, and both compute scores and do v^T.
 //
 // Where scores are only scaled products, what is subtracted from a product is where its accumulator
 // starts: -delta in do v^T, and -rest / scale in q k^T, whose scaling is part of the exp2.

@@ -347,36 +347,59 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
-// A warp makes the lists of one block, in ascending order.
+// The first block after `col` that visits a row block, -1 if none does. classes: of the row block.
+__device__ int next_visitor(const uint8_t* classes, int col, int col_blocks) {
+  do ++col;
+  while (col < col_blocks && classes[col] == EMPTY);
+  return col < col_blocks ? col : -1;
+}
+
+// A warp makes the lists of one block, in ascending order. For one pass: one list of pairs, partial
+// tiles first.
 __global__ void __launch_bounds__(THREADS)
     compact_kernel(const __grid_constant__ TilemaskLower call) {
   const int row_blocks = cdiv(call.len_q, call.block_m),
             col_blocks = cdiv(call.len_k, call.block_n);
   const int blocks = call.transposed ? col_blocks : row_blocks;
   const int across = call.transposed ? row_blocks : col_blocks;
+  const bool pairs = call.transposed == 2;
   const uint32_t list = warp_of_grid(), bh = list / blocks;
   if (bh >= static_cast<uint32_t>(call.batch) * call.heads) return;
   const int64_t step = call.transposed ? 1 : col_blocks,
                 step_across = call.transposed ? col_blocks : 1;
-  const uint8_t* classes =
-      call.classes + static_cast<int64_t>(bh) * row_blocks * col_blocks + list % blocks * step;
+  const uint8_t* all = call.classes + static_cast<int64_t>(bh) * row_blocks * col_blocks;
+  const uint8_t* classes = all + list % blocks * step;
   int32_t* partial = call.blocks + static_cast<int64_t>(list) * 2 * across;
-  int32_t* full = partial + across;
 
-  int partial_count = 0, full_count = 0;
   const int lane = lane_id();
   const uint32_t below = (1u << lane) - 1;
+  // found(block, class, ballot of the lanes with that class), 32 blocks at once
+  const auto each = [&](auto found) {
 #pragma unroll 4
-  for (int first = 0; first < across; first += WARP) {
-    const int other = first + lane;
-    const int found = other < across ? classes[other * step_across] : EMPTY;
-    const uint32_t partials = __ballot_sync(ALL_LANES, found == PARTIAL);
-    const uint32_t fulls = __ballot_sync(ALL_LANES, found == FULL);
-    if (found == PARTIAL) partial[partial_count + __popc(partials & below)] = other;
-    if (found == FULL) full[full_count + __popc(fulls & below)] = other;
+    for (int first = 0; first < across; first += WARP) {
+      const int other = first + lane;
+      const int own = other < across ? classes[other * step_across] : EMPTY;
+      found(other, own, __ballot_sync(ALL_LANES, own == PARTIAL),
+            __ballot_sync(ALL_LANES, own == FULL));
+    }
+  };
+  int partial_count = 0, full_count = 0, full_at = across;
+  if (pairs) {
+    full_at = 0;
+    each([&](int, int, uint32_t partials, uint32_t) { full_at += __popc(partials); });
+  }
+  each([&](int other, int own, uint32_t partials, uint32_t fulls) {
+    const int at = own == PARTIAL ? partial_count + __popc(partials & below)
+                                  : full_at + full_count + __popc(fulls & below);
+    if (own != EMPTY && !pairs) partial[at] = other;
+    if (own != EMPTY && pairs) {
+      const uint8_t* row = all + static_cast<int64_t>(other) * col_blocks;
+      partial[2 * at] = other;
+      partial[2 * at + 1] = next_visitor(row, list % blocks, col_blocks);
+    }
     partial_count += __popc(partials);
     full_count += __popc(fulls);
-  }
+  });
   if (lane > 0) return;
   call.counts[2ll * list] = partial_count;
   call.counts[2ll * list + 1] = full_count;

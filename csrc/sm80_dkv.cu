@@ -31,6 +31,7 @@
 // third; 18 at width 128, where a thread has words for twice as many columns as it has rows; 20 at
 // width 256.
 #include "backward.cuh"
+#include "columns.cuh"
 #include "mask.cuh"
 #include "ptx/barrier.cuh"
 #include "scores.cuh"
@@ -129,16 +130,13 @@ __global__ void __launch_bounds__(DkvKernel<T, WIDTH, GENERAL>::THREADS, 1)
   const uint32_t exchange = do_tile + Kernel::DO_STAGES * Kernel::Q_BYTES;
 
   // my columns: k and v, never read where padding excludes them
-  const auto is_live = [&](const Bounds& bounds, int b, int col) {
-    const uint32_t* keys = keys_of(mask, b);
-    const Interval live{bounds.start, bounds.end};
-    return is_live_column(live, keys, col);
-  };
   {
     const Bounds bounds = load_bounds(mask, b, len_q, len_k);
+    const Interval live{bounds.start, bounds.end};
+    const uint32_t* keys = keys_of(mask, b);
     const auto load_mine = [&](uint32_t tile, const Head& head) {
       load_tile<BLOCK_N, WIDTH, THREADS, GENERAL, true>(
-          tile, head, first_col, [&](int col) { return is_live(bounds, b, col); });
+          tile, head, first_col, [&](int col) { return is_live_column(live, keys, col); });
     };
     load_mine(k_tile, head_of(call.k, b, kv_head, call.sizes.width, call.k_chunked));
     load_mine(v_tile, head_of(call.v, b, kv_head, call.sizes.width_v, call.v_chunked));
@@ -346,36 +344,16 @@ __global__ void __launch_bounds__(DkvKernel<T, WIDTH, GENERAL>::THREADS, 1)
     for (; t < mine.visit.partial + mine.visit.full; ++t) dkv_step(Flag<false>(), t);
   }
 
-  // scale and store; the loops do not mask dead keys, whose k and v were 0
   cp_async_wait_group<0>();
   __syncthreads();  // nobody reads k or v or writes to their place any more
-  // anew: registers hold nothing for it during the loops
-  const int thread = opaque(threadIdx.x);
-  const int last_col = thread / WARP / ACROSS * 16 * MT;
-  const int first_chunk = thread / WARP % ACROSS * Kernel::WIDTH_TILES;
-  float factor_k[MT][2], factor_v[MT][2];
-#pragma unroll
-  for (int m = 0; m < MT; ++m)
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int col = mine.first_col + last_col + 16 * m + 8 * i + thread % WARP / 4;
-      const bool live = is_live(mine.bounds, mine.b, col);
-      factor_k[m][i] = live ? call.sizes.scale : 0;
-      factor_v[m][i] = !live ? 0 : GENERAL && score.seed ? score.keep_factor : 1;
-    }
-  finish_rows(dk, factor_k);
-  finish_rows(dv, factor_v);
-  store_accumulator<T, WIDTH>(k_tile, last_col, dk, first_chunk);
-  store_accumulator<T, WIDTH>(v_tile, last_col, dv, first_chunk);
-  __syncthreads();
-  const auto store = [&](uint32_t tile, const Head& head) {
-    constexpr int COLUMNS = 16 * MT / ACROSS;
-    const int first = thread / WARP * COLUMNS;
-    store_rows<COLUMNS, WIDTH, GENERAL>(tile, first, head, mine.first_col + first,
-                                        [&](int col) { return col < len_k; });
-  };
-  store(k_tile, head_of(call.dk, mine.b, mine.kv_head, call.sizes.width, call.dk_chunked));
-  store(v_tile, head_of(call.dv, mine.b, mine.kv_head, call.sizes.width_v, call.dv_chunked));
+  const float factor_v = GENERAL && score.seed ? score.keep_factor : 1;
+  store_columns<T, WIDTH, ACROSS, GENERAL>(call,
+                                           {mine.b,
+                                            mine.kv_head,
+                                            mine.first_col,
+                                            {mine.bounds.start, mine.bounds.end},
+                                            keys_of(mask, mine.b)},
+                                           dk, dv, factor_v, k_tile, v_tile);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // dQ, dK and dV in one pass over the visited tiles of a column block: five products where dq_kernel
-// and dkv_kernel have seven. For affine masks; three launches:
+// and dkv_kernel have seven. Three launches:
 //
 //   rows_kernel: delta, lse as the loop takes it, zeros where dq is summed up
 //   dqkv_kernel: where am I -> my columns: k and v, and which rows see them
@@ -16,12 +16,14 @@
 //
 // dq is summed up in float32 in global memory, by the column blocks of a row block one after the
 // other, the last first: so gradients are the same in every run, which atomic additions would not
-// give. Each row block has a turn, the number of the column block that adds to it next. Column
-// blocks take their numbers when they start and wait for larger ones only, which have started
-// before them: nobody waits for a block that has no multiprocessor. Under a causal mask nobody
-// waits at all: of two blocks that start at their diagonals, the one with larger numbers is ahead
-// at every row. (Ordered additions: FlashAttention-3 in its deterministic mode, Shah et al.,
-// arXiv:2407.08608, and its source; the pass itself: FlashAttention-2, Dao, arXiv:2307.08691.)
+// give. Each row block has a turn, the number of the column block that has added to it last, and
+// each column block knows whose turn is before its own: under an affine mask that of the block
+// beside it, else the lists say so. Column blocks take their numbers when they start and wait for
+// larger ones only, which have started before them: nobody waits for a block that has no
+// multiprocessor. Under a causal mask nobody waits at all: of two blocks that start at their
+// diagonals, the one with larger numbers is ahead at every row. (Ordered additions:
+// FlashAttention-3 in its deterministic mode, Shah et al., arXiv:2407.08608, and its source; the
+// pass itself: FlashAttention-2, Dao, arXiv:2307.08691.)
 //
 // Aim, instructions per score in the full loop: five products, and 4 for p and ds (a fused
 // multiply-add, exp2, a multiplication, two halves of conversions):
@@ -30,9 +32,12 @@
 //   width 128 (128 x 64):  10 mma, 4.1 ldmatrix, 4, 0.8 stores and exchange, 0.6 lse and delta, 0.5
 //     dq, 0.3 copies = 20.3; at most 28
 //   width 256 (64 x 64):  20 mma, 11.6 ldmatrix, 4, 1.8 stores and exchange, 0.9 lse and delta, 2
-//     dq, 1 copies = 41.3; at most 59, of FlashAttention-2's 54.4 and a tenth
-// Partial tiles: at most 3 more (4 at width 256), of which the select is 1.
+//     dq, 1 copies = 41.3; at most 58
+// Partial tiles: at most 3 more (4 at width 256), of which the select is 1. Where lists say what is
+// visited: 1.5 more in full tiles (2.5 at width 256), most of it done by one warp for all, and 9
+// (12) in partial ones, the words of all kinds of masks included.
 #include "backward.cuh"
+#include "columns.cuh"
 #include "mask.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/order.cuh"
@@ -50,15 +55,23 @@ struct WalkedRows {
   float4 minus_delta[BLOCK_M / 2];
   float4 minus_rest[BLOCK_M / 2];  // in units of products
   float2 lse[BLOCK_M / 2];         // in log2 units
+  Interval seen[BLOCK_M];          // columns
   uint32_t alive[2];               // a bit for each row that sees anything
   uint32_t next_alive[2];          // in the next row block: to load q and do ahead
 };
+
+// A row block that a list names.
+struct ListedRows {
+  int block, before;  // as the list has them: the column block whose turn is before mine, -1: none
+  uint32_t alive[2];  // as above
+};
+constexpr int AHEAD = 8;  // so many of them are kept: the last one, this, and those to come
 
 // A call, and its workspace.
 struct DqkvCall : BackwardCall {
   void* rows;        // WalkedRows [B * H, row blocks]
   float* sums;       // of dq [B * H, row blocks, fours, threads, 4], as threads hold it
-  int32_t* turns;    // [B * H, row blocks]
+  int32_t* turns;    // [B * H, row blocks]: the column block that has added to dq last
   int32_t* started;  // how many column blocks have
 };
 
@@ -73,13 +86,19 @@ struct Walked {
 template <int BLOCK_M, int BLOCK_N>
 struct ColBlock {
   WalkedRows<BLOCK_M> rows[2];
-  LaneIntervals seen_by[BLOCK_N];  // rows, by column
-  Ranges visit;
+  LaneIntervals seen_by[BLOCK_N];  // rows, by column; all of them where intervals are explicit
+  uint4 words[2][BLOCK_N];         // by column, of the group of 128 rows that a tile is in
+  ListedRows listed[AHEAD];        // by step
+  Ranges visit;                    // affine: steps are row blocks; else they count from 0
+  const uint32_t* keys;
+  const int32_t* list;  // from here to visits: of one query head
+  const uint32_t* words_by_column;
   Walked q, dout;
-  const WalkedRows<BLOCK_M>* walked;  // from here to visits: of one query head
+  const WalkedRows<BLOCK_M>* walked;
   float* sums;
   int32_t* turns;
   int32_t* visits;
+  int64_t visits_step;  // from a row block to the next
   Bounds bounds;
   int h, first_head, last_head, b, kv_head, col_block, first_col;
 };
@@ -113,12 +132,14 @@ struct DqkvKernel {
   static_assert(DQ_NT % 2 == 0, "products go by 16 columns");
 };
 
-template <typename T, int WIDTH>
+// LISTED: tiles are those of lists, and the mask has words, key words or explicit intervals.
+template <typename T, int WIDTH, bool LISTED>
 __global__ void __launch_bounds__(DqkvKernel<T, WIDTH>::THREADS, 1)
     dqkv_kernel(const __grid_constant__ DqkvCall call) {
   using Kernel = DqkvKernel<T, WIDTH>;
   constexpr int BLOCK_M = Kernel::BLOCK_M, BLOCK_N = Kernel::BLOCK_N, THREADS = Kernel::THREADS;
   constexpr int MT = Kernel::MT, NT = Kernel::NT, ROWS = Kernel::ROWS, ACROSS = Kernel::ACROSS;
+  const TilemaskMask& mask = call.mask_transposed;
   const int len_q = call.sizes.len_q, len_k = call.sizes.len_k;
 
   extern __shared__ __align__(1024) uint8_t shared[];
@@ -138,9 +159,10 @@ __global__ void __launch_bounds__(DqkvKernel<T, WIDTH>::THREADS, 1)
     mine.col_block = col_blocks - 1 - number % col_blocks;
     mine.first_head = mine.kv_head * group, mine.last_head = mine.first_head + group;
     mine.h = mine.first_head - 1;
-    mine.bounds = load_bounds(call.mask, mine.b, len_q, len_k);
+    mine.bounds = load_bounds(mask, mine.b, len_q, len_k);
+    mine.keys = LISTED ? keys_of(mask, mine.b) : nullptr;
     mine.first_col = mine.col_block * BLOCK_N;
-    mine.visit = row_ranges<BLOCK_M, BLOCK_N>(mine.bounds, mine.first_col);
+    if (!LISTED) mine.visit = row_ranges<BLOCK_M, BLOCK_N>(mine.bounds, mine.first_col);
   }
   __syncthreads();
 
@@ -150,13 +172,14 @@ __global__ void __launch_bounds__(DqkvKernel<T, WIDTH>::THREADS, 1)
     const int first_col = mine.first_col;
     const auto load_mine = [&](uint32_t tile, const Head& head) {
       load_tile<BLOCK_N, WIDTH, THREADS, false, true>(
-          tile, head, first_col, [&](int col) { return visible(live, true, col); });
+          tile, head, first_col, [&](int col) { return is_live_column(live, mine.keys, col); });
     };
     load_mine(k_tile, head_of(call.k, mine.b, mine.kv_head, call.sizes.width, true));
     load_mine(v_tile, head_of(call.v, mine.b, mine.kv_head, call.sizes.width_v, true));
     cp_async_commit_group();
     for (int col = threadIdx.x; col < BLOCK_N; col += THREADS)
-      mine.seen_by[col] = by_lane(column_interval(mine.bounds, first_col + col));
+      mine.seen_by[col] = by_lane(
+          LISTED && mask.lo ? Interval{-FAR, FAR} : column_interval(mine.bounds, first_col + col));
   }
 
   // starts a copy of q or do: rows that see nothing are never read
@@ -176,13 +199,23 @@ __global__ void __launch_bounds__(DqkvKernel<T, WIDTH>::THREADS, 1)
                   source + static_cast<int64_t>(from.row) * static_cast<int>(i),
                   own[i / 32] & 1u << i % 32);
   };
-  // the same of the rows' values
-  const auto load_rows = [&](int stage, int block) {
+  // the same of the rows' values, and of a partial tile's words
+  const auto load_rows = [&](int stage, int block, bool words) {
     const uint32_t chunk = thread_index();
     if (chunk < Kernel::ROWS_CHUNKS)
       cp_async_16(shared_address(&mine.rows[stage]) + chunk * 16,
                   reinterpret_cast<const uint4*>(mine.walked + block) + chunk, true);
+    if (LISTED && words && mine.words_by_column && chunk < BLOCK_N) {
+      const int group = static_cast<uint32_t>(block * BLOCK_M) / WORD_COLUMNS;
+      const int col = mine.first_col + chunk;
+      cp_async_16(shared_address(&mine.words[stage][chunk]),
+                  mine.words_by_column + group * mask.words_group + col * mask.words_line,
+                  col < opaque(len_k));
+    }
   };
+  // the row block of a step, counted without a sign: its remainders are single instructions
+  const auto listed = [&](uint32_t t) -> ListedRows& { return mine.listed[t % AHEAD]; };
+  const auto block_of = [&](int t) { return LISTED ? listed(t).block : t; };
 
   // where this lane reads k and v, and q and do, in tiles at 0
   const int warp = threadIdx.x / WARP;
@@ -202,20 +235,29 @@ __global__ void __launch_bounds__(DqkvKernel<T, WIDTH>::THREADS, 1)
     return Place{thread, thread % WARP, warp, warp / ACROSS * 16 * MT, warp % ACROSS * ROWS};
   };
 
-  const auto dqkv_step = [&](auto partial, int block) {
+  const auto dqkv_step = [&](auto partial, int t) {
     constexpr bool PARTIAL = decltype(partial)::value;
-    const int stage = block % 2;
+    const int stage = static_cast<uint32_t>(t) % 2;
     const uint32_t q_at = Kernel::Q_STAGES == 2 ? stage * Kernel::Q_BYTES : 0;
     const WalkedRows<BLOCK_M>& rows = mine.rows[stage];
-    const auto next_alive = [&]() -> const uint32_t (&)[2] {  // anew, as place()
-      return mine.rows[opaque(block) % 2].next_alive;
+    const auto load_next = [&](uint32_t tile, const Walked& from) {
+      const int next = opaque(t) + 1;  // anew, as place()
+      load(tile, from, block_of(next),
+           LISTED ? listed(next).alive : mine.rows[1 - static_cast<uint32_t>(next) % 2].next_alive);
     };
     cp_async_wait_group<0>();
     __syncthreads();  // q, do and their rows are here, and nobody reads the last ones any more
-    if (block + 1 < mine.visit.last) {
-      if (Kernel::Q_STAGES == 2)
-        load(q_tile + Kernel::Q_BYTES - q_at, mine.q, block + 1, rows.next_alive);
-      load_rows(1 - stage, block + 1);
+    if (t + 1 < mine.visit.last) {
+      if (Kernel::Q_STAGES == 2) load_next(q_tile + Kernel::Q_BYTES - q_at, mine.q);
+      load_rows(1 - stage, block_of(t + 1), PARTIAL && t + 1 < mine.visit.first_full);
+    }
+    if (LISTED && thread_index() == WARP) {  // what the steps after the next need of their rows
+      if (t + 3 < mine.visit.last)
+        cp_async_ca<8>(shared_address(&listed(t + 3)), mine.list + 2 * (t + 3), 8);
+      if (t + 2 < mine.visit.last) {
+        ListedRows& second = listed(t + 2);
+        cp_async_ca<8>(shared_address(second.alive), mine.walked[second.block].alive, 8);
+      }
     }
     cp_async_commit_group();
 
@@ -243,14 +285,22 @@ __global__ void __launch_bounds__(DqkvKernel<T, WIDTH>::THREADS, 1)
     }
     if constexpr (PARTIAL) {
       uint32_t words[MT][2];
-      const int first_row = block * BLOCK_M + static_cast<int>(at.row);
+      const uint32_t first_row = block_of(t) * BLOCK_M + at.row;
+      const int col = at.col + at.lane / 4;
 #pragma unroll
       for (int m = 0; m < MT; ++m)
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-          words[m][i] = interval_word(
-              mine.seen_by[at.col + at.lane / 4 + 16 * m + 8 * i].of[at.lane % 4], first_row);
+        for (int i = 0; i < 2; ++i) {
+          const int own = col + 16 * m + 8 * i;
+          words[m][i] = interval_word(mine.seen_by[own].of[at.lane % 4], first_row);
+          if (LISTED && mine.words_by_column)
+            words[m][i] &=
+                reinterpret_cast<const uint32_t*>(&mine.words[stage][own])[at.lane % 4] >>
+                (first_row % WORD_COLUMNS / 4);
+        }
       masked(p, 0, words);
+      if (LISTED && mask.lo)
+        masked_transposed(p, rows.seen + at.row + 2 * (at.lane % 4), mine.first_col + col);
     }
 #pragma unroll
     for (int m = 0; m < MT; ++m)
@@ -280,18 +330,19 @@ __global__ void __launch_bounds__(DqkvKernel<T, WIDTH>::THREADS, 1)
       multiply<T, WIDTH>(dv, p_rounded, opaque(other_along) + (do_tile - q_tile));
     }
 
-    // my turn at these rows; the last rows go to the next
+    // my turn at these rows; I am done with the last ones
     if (now.thread == 0) {
-      int32_t* turn = mine.turns + block;
-      if (block > mine.visit.first) st_release(turn - 1, mine.col_block - 1);
-      while (ld_acquire(turn) != mine.col_block) {
+      const int block = block_of(t);
+      if (t > mine.visit.first) st_release(mine.turns + block_of(t - 1), mine.col_block);
+      const int before = LISTED ? listed(t).before : mine.col_block + 1;
+      const int32_t* turn = mine.turns + block;
+      while (ld_acquire(turn) != before) {
       }
-      if (mine.visits)
-        atomicAdd(mine.visits + 2ll * block * cdiv(opaque(len_k), BLOCK_N) + (PARTIAL ? 0 : 1), 1);
+      if (mine.visits) atomicAdd(mine.visits + block * mine.visits_step + (PARTIAL ? 0 : 1), 1);
     }
     __syncthreads();  // ds is here, and nobody reads this do any more
     float dq[Kernel::DQ_MT][Kernel::DQ_NT][4];
-    float* sums = mine.sums + static_cast<int64_t>(block) * (BLOCK_M * WIDTH);
+    float* sums = mine.sums + static_cast<int64_t>(block_of(t)) * (BLOCK_M * WIDTH);
     sums += now.thread * 4;
     const auto each_four = [&](auto body) {
 #pragma unroll
@@ -301,7 +352,7 @@ __global__ void __launch_bounds__(DqkvKernel<T, WIDTH>::THREADS, 1)
           body(dq[m][n], sums + (m * Kernel::DQ_NT + n) * THREADS * 4);
     };
     each_four([](float (&four)[4], float* at) { ld_global_cg(four, at); });
-    if (block + 1 < mine.visit.last) load(do_tile, mine.dout, block + 1, next_alive());
+    if (t + 1 < mine.visit.last) load_next(do_tile, mine.dout);
     cp_async_commit_group();
 
     // dk += ds @ q, dq += ds.T @ k
@@ -313,7 +364,7 @@ __global__ void __launch_bounds__(DqkvKernel<T, WIDTH>::THREADS, 1)
     }
     if constexpr (Kernel::Q_STAGES == 1) {
       __syncthreads();  // nobody reads this q any more
-      if (block + 1 < mine.visit.last) load(q_tile, mine.q, block + 1, next_alive());
+      if (t + 1 < mine.visit.last) load_next(q_tile, mine.q);
       cp_async_commit_group();
     }
     constexpr int DQ_WARPS = WIDTH / Kernel::DQ_WIDTH;  // that share rows of dq
@@ -333,15 +384,23 @@ __global__ void __launch_bounds__(DqkvKernel<T, WIDTH>::THREADS, 1)
       const int col_blocks = cdiv(opaque(len_k), BLOCK_N);
       const int row_blocks = cdiv(opaque(len_q), BLOCK_M);
       if (mine.h >= mine.first_head && mine.visit.first < mine.visit.last)
-        st_release(mine.turns + mine.visit.last - 1, mine.col_block - 1);
+        st_release(mine.turns + block_of(mine.visit.last - 1), mine.col_block);
       if (++mine.h < mine.last_head) {
         const int b = mine.b, h = mine.h, bh = b * call.sizes.heads + h;
         const int64_t first = static_cast<int64_t>(bh) * row_blocks;
         mine.walked = static_cast<const WalkedRows<BLOCK_M>*>(call.rows) + first;
         mine.sums = call.sums + first * (BLOCK_M * WIDTH);
         mine.turns = call.turns + first;
+        if (LISTED) {
+          const Visit visit =
+              ::listed(call.lists_transposed, b, h, col_blocks, mine.col_block, row_blocks);
+          mine.list = visit.partial_list;
+          mine.visit = {0, visit.partial, visit.partial + visit.full, visit.partial + visit.full};
+          mine.words_by_column = words_of(mask, b, h);
+        }
         mine.visits = visits_of(call.visits_dqkv, bh, 0, row_blocks, col_blocks);
         if (mine.visits) mine.visits += 2 * mine.col_block;
+        mine.visits_step = 2 * col_blocks;
         const auto walked = [&](const TilemaskTensor& tensor, int width) {
           const Head head = head_of(tensor, b, h, width, true);
           return Walked{head.data, static_cast<int>(head.row), static_cast<uint32_t>(width)};
@@ -352,59 +411,45 @@ __global__ void __launch_bounds__(DqkvKernel<T, WIDTH>::THREADS, 1)
     }
     __syncthreads();
     if (mine.h == mine.last_head) break;
-    int block = mine.visit.first;
-    if (block == mine.visit.last) continue;
-    load(q_tile + block % Kernel::Q_STAGES * Kernel::Q_BYTES, mine.q, block,
-         mine.walked[block].alive);
-    load(do_tile, mine.dout, block, mine.walked[block].alive);
-    load_rows(block % 2, block);
-    cp_async_commit_group();
+    int t = mine.visit.first;
+    if (t == mine.visit.last) continue;
+    if (LISTED) {
+      if (const int own = thread_index(); own < min(3, mine.visit.last)) {
+        ListedRows& to = mine.listed[own];
+        to.block = mine.list[2 * own], to.before = mine.list[2 * own + 1];
+        to.alive[0] = mine.walked[to.block].alive[0], to.alive[1] = mine.walked[to.block].alive[1];
+      }
+      __syncthreads();
+    }
+    {
+      const int block = block_of(t);
+      const uint32_t (&alive)[2] = mine.walked[block].alive;
+      load(q_tile + t % Kernel::Q_STAGES * Kernel::Q_BYTES, mine.q, block, alive);
+      load(do_tile, mine.dout, block, alive);
+      load_rows(t % 2, block, mine.visit.first_full > 0);
+      cp_async_commit_group();
+    }
 
-    // two loops, the one over full tiles has no mask code at all: partial tiles above and below
-    const auto is_partial = [&](int block) {
+    // two loops, the one over full tiles has no mask code at all: partial tiles first, of affine
+    // masks those above and those below
+    const auto is_partial = [&](int t) {
       const Ranges visit = mine.visit;
-      return block < visit.first_full || (block >= visit.last_full && block < visit.last);
+      return t < visit.first_full || (!LISTED && t >= visit.last_full && t < visit.last);
     };
 #pragma unroll 1
-    while (block < mine.visit.last) {
+    while (t < mine.visit.last) {
 #pragma unroll 1
-      for (; is_partial(block); ++block) dqkv_step(Flag<true>(), block);
+      for (; is_partial(t); ++t) dqkv_step(Flag<true>(), t);
 #pragma unroll 1
-      for (; block < mine.visit.last_full; ++block) dqkv_step(Flag<false>(), block);
+      for (; t < mine.visit.last_full; ++t) dqkv_step(Flag<false>(), t);
     }
   }
 
-  // scale and store; the loops do not mask dead keys, whose k and v were 0
   cp_async_wait_group<0>();
   __syncthreads();  // nobody reads k or v or writes to their place any more
-  // anew: registers hold nothing for it during the loops
-  const int thread = thread_index();
-  const int last_col = thread / WARP / ACROSS * 16 * MT;
-  const int first_chunk = thread / WARP % ACROSS * Kernel::WIDTH_TILES;
-  const int first_col = mine.first_col;
-  float factor_k[MT][2], factor_v[MT][2];
-#pragma unroll
-  for (int m = 0; m < MT; ++m)
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int col = first_col + last_col + 16 * m + 8 * i + thread % WARP / 4;
-      const bool live = visible({mine.bounds.start, mine.bounds.end}, true, col);
-      factor_k[m][i] = live ? call.sizes.scale : 0;
-      factor_v[m][i] = live ? 1 : 0;
-    }
-  finish_rows(dk, factor_k);
-  finish_rows(dv, factor_v);
-  store_accumulator<T, WIDTH>(k_tile, last_col, dk, first_chunk);
-  store_accumulator<T, WIDTH>(v_tile, last_col, dv, first_chunk);
-  __syncthreads();
-  const auto store = [&](uint32_t tile, const Head& head) {
-    constexpr int COLUMNS = 16 * MT / ACROSS;
-    const int first = thread / WARP * COLUMNS;
-    store_rows<COLUMNS, WIDTH, false>(tile, first, head, first_col + first,
-                                      [&](int col) { return col < len_k; });
-  };
-  store(k_tile, head_of(call.dk, mine.b, mine.kv_head, call.sizes.width, true));
-  store(v_tile, head_of(call.dv, mine.b, mine.kv_head, call.sizes.width_v, true));
+  store_columns<T, WIDTH, ACROSS, false>(
+      call, {mine.b, mine.kv_head, mine.first_col, {mine.bounds.start, mine.bounds.end}, mine.keys},
+      dk, dv, 1, k_tile, v_tile);
 }
 
 // delta, and all else that dqkv_kernel finds in the workspace. A block for every row block.
@@ -431,7 +476,8 @@ __global__ void __launch_bounds__(DqkvKernel<T, WIDTH>::THREADS)
   for (int i = thread / CHUNKS; i < BLOCK_M; i += STEP) {
     const int row = first_row + i;
     // do and out of other rows may hold anything
-    const bool alive = is_alive(row_interval(call.mask, bounds, b, h, row, len_q));
+    const Interval seen = row_interval(call.mask, bounds, b, h, row, len_q);
+    const bool alive = is_alive(seen);
     float sum = 0;
     if (alive && chunk * 8 < out.width) {
       const uint4 o = *reinterpret_cast<const uint4*>(out.data + row * out.row + chunk * 8);
@@ -450,6 +496,7 @@ __global__ void __launch_bounds__(DqkvKernel<T, WIDTH>::THREADS)
     if (call.dlse && row < len_q) sum -= call.dlse[head + row];
     if (row < len_q) call.delta[head + row] = sum;
     delta[i] = sum;
+    rows->seen[i] = seen;
   }
   __syncthreads();
   if (thread < BLOCK_M) {
@@ -476,7 +523,9 @@ __global__ void __launch_bounds__(DqkvKernel<T, WIDTH>::THREADS)
 #pragma unroll
   for (int i = thread; i < BLOCK_M * WIDTH / 4; i += THREADS) sums[i] = {0, 0, 0, 0};
   if (thread == 0) {
-    call.turns[blockIdx.x] = column_ranges<BLOCK_M, Kernel::BLOCK_N>(bounds, first_row).last - 1;
+    call.turns[blockIdx.x] = call.lists_transposed.counts
+                                 ? -1
+                                 : column_ranges<BLOCK_M, Kernel::BLOCK_N>(bounds, first_row).last;
     if (blockIdx.x == 0) *call.started = 0;
   }
 }
@@ -553,11 +602,9 @@ bool is_near(const TilemaskTensor& tensor) {
 }  // namespace
 
 int64_t dqkv_workspace(const BackwardCall& call, bool general) {
-  const TilemaskMask& mask = call.mask;
-  const bool affine = !mask.lo && !mask.words && !mask.keys && !call.lists.counts;
   const bool near = is_near(call.q) && is_near(call.dout);
   const bool any = call.sizes.len_q > 0 && call.sizes.heads > 0;  // else nobody counts from 0
-  if (general || !affine || !near || !any) return 0;
+  if (general || !near || !any) return 0;
   return dispatch(call.head.dtype, max_width(call.sizes), [&](auto type, auto width) -> int64_t {
     using Kernel = DqkvKernel<decltype(type), width.value>;
     const bool room = holds(shared_memory(call.head.device), Kernel::BLOCKS, Kernel::SHARED);
@@ -572,6 +619,8 @@ int launch_dqkv(const BackwardCall& given) {
     using T = decltype(type);
     constexpr int WIDTH = width.value;
     using Kernel = DqkvKernel<T, WIDTH>;
+    TILEMASK_TRY(
+        check_lists(call.mask_transposed, call.lists_transposed, Kernel::BLOCK_M, Kernel::BLOCK_N));
     const Workspace ends = workspace_of<Kernel>(sizes);
     uint8_t* workspace = static_cast<uint8_t*>(call.workspace);
     call.started = reinterpret_cast<int32_t*>(workspace);
@@ -581,7 +630,9 @@ int launch_dqkv(const BackwardCall& given) {
     const dim3 rows(cdiv(sizes.len_q, Kernel::BLOCK_M) * sizes.batch * sizes.heads);
     const dim3 columns(cdiv(sizes.len_k, Kernel::BLOCK_N) * sizes.batch * sizes.kv_heads);
     TILEMASK_TRY(launch(rows_kernel<T, WIDTH>, rows, Kernel::THREADS, 0, call));
-    TILEMASK_TRY(launch(dqkv_kernel<T, WIDTH>, columns, Kernel::THREADS, Kernel::SHARED, call));
+    const auto kernel =
+        call.lists_transposed.counts ? dqkv_kernel<T, WIDTH, true> : dqkv_kernel<T, WIDTH, false>;
+    TILEMASK_TRY(launch(kernel, columns, Kernel::THREADS, Kernel::SHARED, call));
     return launch(round_kernel<T, WIDTH>, rows, Kernel::THREADS, Kernel::Q_BYTES, call);
   });
 }

@@ -75,11 +75,13 @@ typedef struct TilemaskMask {
   int32_t reserved;
 } TilemaskMask;
 
-/* The blocks that a row block visits (a column block, for dK and dV): tilemask_lists() makes them.
- * counts NULL: an affine mask without words, whose blocks follow from its bounds. */
+/* The blocks that a row block visits: tilemask_lists() makes them. counts NULL: an affine mask
+ * without words, whose blocks follow from its bounds. For one pass a column block has pairs
+ * instead: a row block, those with partial tiles first, and the next larger column block that
+ * visits it, -1 if none does. */
 typedef struct TilemaskLists {
   const int32_t* counts;    /* [B|1, H|1, blocks, 2]: partial, full */
-  const int32_t* blocks;    /* [B|1, H|1, blocks, 2, blocks across] */
+  const int32_t* blocks;    /* [B|1, H|1, blocks, 2, blocks across]; for one pass [.., across, 2] */
   int64_t batch, head;      /* heads of counts from one batch, and one head, to the next */
   int32_t block_m, block_n; /* the tile they were made for */
 } TilemaskLists;
@@ -123,9 +125,11 @@ typedef struct TilemaskForward {
   int32_t reserved;
 } TilemaskForward;
 
-/* Gradients. Calls with an affine mask and without options take one pass where the GPU has room for
- * it, and a workspace, of which dQ in float32 is the most; others take one for dQ and one for dK
- * and dV. Visits are counted by the kernels that run. */
+/* Gradients. Calls without options take one pass where the GPU has room for it, and a workspace, of
+ * which dQ in float32 is the most; others take one for dQ and one for dK and dV, and no workspace.
+ * Lists, of which the workspace's size does not depend: for one pass those of column blocks, for
+ * the tile of TILEMASK_DQKV; for two those of TILEMASK_DQ, and of column blocks for TILEMASK_DKV.
+ * Visits are counted by the kernels that run. */
 typedef struct TilemaskBackward {
   TilemaskHead head;
   TilemaskTensor q, k, v, out, dout, dq, dk, dv;
@@ -198,7 +202,7 @@ typedef struct TilemaskLower {
   int32_t batch, heads; /* B|1, H|1: over which the mask differs */
   int32_t len_q, len_k;
   int32_t block_m, block_n;
-  int32_t transposed; /* blocks are column blocks */
+  int32_t transposed; /* 1: blocks are column blocks; 2: the same in pairs, for one pass */
   int32_t reserved;
 } TilemaskLower;
 

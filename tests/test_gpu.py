@@ -167,10 +167,17 @@ def test_gradients_are_deterministic(kind, data):
 
 
 @pytest.mark.parametrize("width", [64, 128, 256])
-@pytest.mark.parametrize("kind", ["everything", "causal", "window"])
+@pytest.mark.parametrize("kind", ["everything", "causal", "window", "bits", "documents"])
 def test_many_column_blocks_are_deterministic(kind, width):
     """More than run at once: those of the CUDA library take turns at dq."""
-    mask = {"everything": None, "causal": masks.causal(), "window": masks.window(700, 100)}[kind]
+    rows = torch.arange(4096, device="cuda")
+    mask = {
+        "everything": None,
+        "causal": masks.causal(),
+        "window": masks.window(700, 100),
+        "bits": masks.dense(torch.rand(2, 1, 4096, 4096, device="cuda") < 0.5),
+        "documents": masks.documents(rows // 900, contiguous=True),
+    }[kind]
     q, k, v, dout = torch.randn(
         4, 2, 16, 4096, width, device="cuda", dtype=torch.bfloat16, requires_grad=True
     ).unbind()

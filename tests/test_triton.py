@@ -171,7 +171,16 @@ def check_lists(way, case, tile, transposed):
     for b, h, block in np.ndindex(*counts.shape[:3]):
         across = classes[b, h, :, block] if transposed else classes[b, h, block]
         for kind in (0, 1):
-            listed = blocks[b, h, block, kind, : counts[b, h, block, kind]]
+            count = counts[b, h, block, kind]
+            if transposed < 2:
+                listed = blocks[b, h, block, kind, :count]
+            else:
+                first = counts[b, h, block, 0] * kind
+                pairs = blocks[b, h, block].reshape(-1, 2)[first : first + count]
+                listed = pairs[:, 0]
+                for row, before in pairs:
+                    visitors = np.nonzero(classes[b, h, row].any(-1))[0]
+                    assert before == next((other for other in visitors if other > block), -1)
             np.testing.assert_array_equal(listed, np.nonzero(across[:, kind])[0])
 
 

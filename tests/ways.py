@@ -133,15 +133,15 @@ class EmulatedLibrary:
             return own["pointer"](tensor)
 
         def launch(name, packed, **tensors):
-            memory = ptx_emulator.emu_buffers(given)
+            pointed = set(memoryview(packed).cast("Q"))
+            mine = [tensor for tensor in given if tensor.data_ptr() in pointed]
+            memory = ptx_emulator.emu_buffers(mine)
             emulator.emu_configure(settings, memory, len(memory))
             try:
                 own["launch"](name, packed, **tensors)
             except RuntimeError as error:
                 message = f"{error}\n{ptx_emulator.failure()}"
                 raise ptx_emulator.EmulatorError(message) from None
-            finally:
-                given.clear()
 
         stand_ins = {"pointer": pointer, "launch": launch}
         stand_ins |= {"unfit": lambda device: None, "unavailable": lambda: None}

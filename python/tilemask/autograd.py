@@ -85,7 +85,7 @@ class Attention(torch.autograd.Function):
 # A call travels flat: options = [bias, alibi_slopes, sinks, dropout_seed]; mask = [batch_bounds,
 # lo, hi, key_bits, bits, then what the kernels read in place of the last two: live, words, keys,
 # transposed words, and counts and blocks of each list the op walks]; bounds = the six ints, then
-# block_m and block_n of each list; numbers = [scale, softcap, dropout_p].
+# block_m, block_n and "transposed" of each list; numbers = [scale, softcap, dropout_p].
 
 library = torch.library.Library("tilemask", "DEF")
 library.define("pack(Tensor bits, str backend) -> Tensor")
@@ -93,7 +93,7 @@ library.define("transpose(Tensor words, SymInt len_q, SymInt len_k, str backend)
 library.define("live(Tensor?[] parts, SymInt[] bounds, SymInt[] sizes, str backend) -> Tensor")
 library.define(
     "lower(Tensor?[] parts, SymInt[] bounds, SymInt[] sizes, int block_m, int block_n,"
-    " bool transposed, str backend) -> (Tensor counts, Tensor blocks)"
+    " int transposed, str backend) -> (Tensor counts, Tensor blocks)"
 )
 library.define(
     "forward(Tensor q, Tensor k, Tensor v, Tensor?[] options, Tensor?[] mask, SymInt[] bounds,"
@@ -105,7 +105,6 @@ library.define(
     " bool bias_gradient) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
 )
 
-LISTS_OF = {"forward": ("forward",), "backward": ("dq", "dkv")}
 PREPARED = ("live", "words", "keys", "transposed")
 
 
@@ -121,11 +120,10 @@ def packed(call: Call, backend, direction: str) -> tuple[list, list, list, list]
         tensors += [None, None, *(mask.prepared.get(name) for name in PREPARED)]
         if direction == "forward":
             tensors[-1] = None
-        for kernel in LISTS_OF[direction]:
-            key = backend.list_key(call, kernel)
+        for key in backend.list_keys(call, direction == "backward"):
             if key in mask.prepared:
                 tensors += mask.prepared[key]
-                tiles += key[:2]
+                tiles += key
     return (
         [call.bias, call.alibi_slopes, call.sinks, call.dropout_seed],
         tensors,
@@ -134,18 +132,16 @@ def packed(call: Call, backend, direction: str) -> tuple[list, list, list, list]
     )
 
 
-def unpacked(q, k, v, options, mask, bounds, numbers, direction: str) -> Call:
+def unpacked(q, k, v, options, mask, bounds, numbers) -> Call:
     """The call that went into an op."""
     bits = None if mask[4] is None else HeldBits(mask[4], q.shape[0])
     lowered = LoweredMask(q.shape[2], k.shape[2], tuple(bounds[:6]), *mask[:4], bits)
     for name, tensor in zip(PREPARED, mask[5:9], strict=False):
         if tensor is not None:
             lowered.prepared[name] = tensor
-    lists = zip(
-        LISTS_OF[direction], bounds[6::2], bounds[7::2], mask[9::2], mask[10::2], strict=False
-    )
-    for kernel, block_m, block_n, counts, blocks in lists:
-        lowered.prepared[block_m, block_n, kernel == "dkv"] = (counts, blocks)
+    lists = zip(bounds[6::3], bounds[7::3], bounds[8::3], mask[9::2], mask[10::2], strict=True)
+    for *key, counts, blocks in lists:
+        lowered.prepared[tuple(key)] = (counts, blocks)
     scale, softcap, dropout_p = numbers
     bias, alibi_slopes, sinks, seed = options
     return Call(q, k, v, lowered, scale, bias, softcap, alibi_slopes, sinks, dropout_p, seed)
@@ -181,7 +177,7 @@ def op_lower(parts, bounds, sizes, block_m, block_n, transposed, backend):
 
 
 def op_forward(q, k, v, options, mask, bounds, numbers, backend):
-    call = unpacked(q, k, v, options, mask, bounds, numbers, "forward")
+    call = unpacked(q, k, v, options, mask, bounds, numbers)
     out, lse, *rest = backends.named(backend).forward(call)
     rest = q.new_empty(0, dtype=lse.dtype) if not rest or rest[0] is None else rest[0]
     return laid_out(out, q), lse, rest
@@ -190,7 +186,7 @@ def op_forward(q, k, v, options, mask, bounds, numbers, backend):
 def op_backward(
     dout, dlse, out, lse, rest, q, k, v, options, mask, bounds, numbers, backend, bias_gradient
 ):
-    call = unpacked(q, k, v, options, mask, bounds, numbers, "backward")
+    call = unpacked(q, k, v, options, mask, bounds, numbers)
     rest = rest if rest.numel() or not lse.numel() else None
     grads = backends.named(backend).backward(call, out, lse, rest, dout, dlse, bias_gradient)
     return (
@@ -250,7 +246,7 @@ def fake_lower(parts, bounds, sizes, block_m, block_n, transposed, backend):
 def fake_forward(q, k, v, options, mask, bounds, numbers, backend):
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse = q.new_empty(q.shape[:3], dtype=dtype)
-    call = unpacked(q, k, v, options, mask, bounds, numbers, "forward")
+    call = unpacked(q, k, v, options, mask, bounds, numbers)
     has_rest = backend != "reference" and backends.named(backend).has_rest(call)
     rest = torch.empty_like(lse) if has_rest else q.new_empty(0, dtype=dtype)
     return backends.empty_like_query(q, v.shape[3]), lse, rest

@@ -8,7 +8,8 @@ A backend is a module with a ``NAME`` and four functions:
 * ``weights(call, reduce)``: the probabilities, or sums of them.
 
 A GPU backend has more, for masks.prepare() and for the ops that stand for it while tracing:
-``prepare(call, backward, steps)``, ``launched()``, ``list_key(call, kernel)``, ``has_rest(call)``.
+``prepare(call, backward, steps)``, ``launched()``, ``list_key(call, kernel)``, ``list_keys(call,
+backward)``, ``has_rest(call)``.
 
 The first backend that answers None runs, but what both GPU backends can is up to cuda.PREFERRED. An
 exception in a kernel is never a reason to try the next.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import struct
 
 import torch
@@ -31,6 +32,7 @@ from .prepared import (
 
 NAME = "cuda"
 DTYPES = {torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}  # float32: of bias and sums alone
+LEAST_SCALE = 1e-30  # of csrc/backward.cuh
 LARGEST = torch.finfo(torch.float32).max  # what scale and softcap may be there
 KERNELS = {"forward": 0, "decode": 1, "dq": 2, "dkv": 3, "dqkv": 4}
 
@@ -124,6 +126,9 @@ class Layout(struct.Struct):
     def __init__(self, name: str, **fields: str | dict):
         self.name = name
         self.fields = dict(flattened(fields))  # "q.row": "q"
+        counts = [int(kind[:-1] or 1) for kind in self.fields.values()]
+        starts = itertools.accumulate(counts, initial=0)
+        self.at = dict(zip(self.fields, starts))  # "q.row": its place among the values of pack()
         super().__init__("@" + "".join(self.fields.values()))
 
 
@@ -227,9 +232,6 @@ LOWER = Layout(
     **all_of("P", "live classes counts blocks"),
     **all_of("i", "batch heads len_q len_k block_m block_n transposed reserved"),
 )
-WORKSPACE_AT = {
-    layout: list(layout.fields).index("workspace") for layout in (FORWARD, BACKWARD, SUMS)
-}
 
 
 def pointer(tensor: Tensor | None) -> int:
@@ -324,14 +326,17 @@ def launch(name: str, packed: bytes, **tensors: Tensor | None) -> None:
         raise RuntimeError(f"tilemask_{name}({given}) failed: {library.error_text(code)}")
 
 
-def with_workspace(name: str, layout: Layout, values: list, device) -> tuple[bytes, Tensor | None]:
-    """A struct whose call needs memory beside its results, and that memory."""
-    packed = layout.pack(*values)
-    size = getattr(library.load(), f"tilemask_{name}_workspace")(packed)
+def workspace_size(name: str, layout: Layout, values: list) -> int:
+    """Bytes that a call needs beside its results."""
+    return getattr(library.load(), f"tilemask_{name}_workspace")(layout.pack(*values))
+
+
+def with_workspace(layout: Layout, values: list, size: int, device) -> tuple[bytes, Tensor | None]:
+    """The struct of a call that needs so many bytes, and that memory."""
     if size == 0:
-        return packed, None
+        return layout.pack(*values), None
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
-    at = WORKSPACE_AT[layout]
+    at = layout.at["workspace"]
     values[at], values[at + 1] = pointer(workspace), size
     return layout.pack(*values), workspace
 
@@ -395,7 +400,7 @@ def live_rows(parts, bounds, sizes) -> Tensor:
     return live
 
 
-def build_lists(parts, bounds, sizes, block_m: int, block_n: int, transposed: bool):
+def build_lists(parts, bounds, sizes, block_m: int, block_n: int, transposed: int):
     batch, heads, len_q, len_k = sizes
     planes, made = prepared.spread(parts, batch, heads), first_of(parts)
     row_blocks, col_blocks = -(-len_q // block_m), -(-len_k // block_n)
@@ -435,12 +440,34 @@ def tile_of(kernel: str, width: int, device: torch.device) -> tuple[int, int]:
     return tuple(tile)
 
 
-def list_key(call, kernel: str) -> tuple[int, int, bool]:
+def list_key(call, kernel: str) -> tuple[int, int, int]:
     """What the tile lists of a kernel are kept under: see prepared.lists_for."""
     if kernel == "forward" and is_decoding(call):
         kernel = "decode"
     width = max(call.q.shape[3], call.v.shape[3])
-    return *tile_of(kernel, width, call.q.device), kernel == "dkv"
+    return *tile_of(kernel, width, call.q.device), {"dkv": 1, "dqkv": 2}.get(kernel, 0)
+
+
+def list_keys(call, backward: bool) -> list[tuple[int, int, int]]:
+    """The same of all lists that a forward or a backward walks. What memory a call's tensors turn
+    out to have may let its backward walk others, see backward_kernels: those it makes itself."""
+    if not backward:
+        return [list_key(call, "forward")]
+    widths = call.q.shape[3], call.v.shape[3]
+    chunked = widths[0] % 8 == 0 and widths[1] % 8 == 0
+    plain = prepared.is_plain(call) and call.scale > LEAST_SCALE
+    one_pass = chunked and plain and has_room(*widths, call.q.device)
+    return [list_key(call, kernel) for kernel in (("dqkv",) if one_pass else ("dq", "dkv"))]
+
+
+@asked_once
+def has_room(width: int, width_v: int, device: torch.device) -> bool:
+    """Whether a GPU runs plain backward calls in one pass."""
+    values = [0] * len(BACKWARD.unpack(bytes(BACKWARD.size)))
+    head = BACKWARD.size, library.ABI, device.index or 0, DTYPES[torch.float16]
+    values[: len(head)] = head
+    values[BACKWARD.at["sizes.batch"] :] = 1, 1, 1, 1, 1, width, width_v, 1.0
+    return workspace_size("backward", BACKWARD, values) > 0
 
 
 def tile(call) -> tuple[int, int]:
@@ -450,7 +477,8 @@ def tile(call) -> tuple[int, int]:
 
 def prepare(call, backward: bool, steps: Steps | None = None) -> None:
     """Make and keep all that the kernels read of the call's mask."""
-    prepared.prepare(call, list_key, backward, steps or launched())
+    keys = list_keys(call, False) + (list_keys(call, True) if backward else [])
+    prepared.prepare(call, keys, backward, steps or launched())
 
 
 def mask_of(call, transposed: bool = False) -> dict:
@@ -494,7 +522,8 @@ def forward(call, visits: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor 
         0,
     ]
     if is_decoding(call):
-        packed, _workspace = with_workspace("forward", FORWARD, values, q.device)
+        size = workspace_size("forward", FORWARD, values)
+        packed, _workspace = with_workspace(FORWARD, values, size, q.device)
     else:
         packed = FORWARD.pack(*values)
     launch("forward", packed, q=q, k=k, v=v)
@@ -524,9 +553,6 @@ def backward(
     dlse = None if dlse is None else dlse.contiguous()
     dq, dk, dv, delta = prepared.new_gradients(q, k, v, lse)
     mask, transposed, score = mask_of(call), mask_of(call, transposed=True), score_fields(call)
-    key, key_transposed = list_key(call, "dq"), list_key(call, "dkv")
-    lists = prepared.lists_for(call, key, launched())
-    lists_transposed = prepared.lists_for(call, key_transposed, launched())
     bounds, len_q = call.mask.bounds, q.shape[2]
     visited = (*(visits or ()), None, None, None)[:3]
     values = [
@@ -536,12 +562,18 @@ def backward(
         *(0, 0),
         *mask_values(mask, bounds, len_q),
         *mask_values(transposed, bounds, len_q),
-        *list_values(lists, key),
-        *list_values(lists_transposed, key_transposed),
+        *list_values(None, ()) * 2,
         *score_values(score),
         *size_values(q, k, v.shape[3], call.scale),
     ]
-    packed, _workspace = with_workspace("backward", BACKWARD, values, q.device)
+    # in one pass where that asks for a workspace; then only column blocks have lists
+    size = workspace_size("backward", BACKWARD, values)
+    walked = {"lists_transposed": "dqkv"} if size else {"lists": "dq", "lists_transposed": "dkv"}
+    for field, kernel in walked.items():
+        key = list_key(call, kernel)
+        at = BACKWARD.at[f"{field}.counts"]
+        values[at : at + len(LISTS)] = list_values(prepared.lists_for(call, key, launched()), key)
+    packed, _workspace = with_workspace(BACKWARD, values, size, q.device)
     launch("backward", packed, q=q, k=k, v=v)
     more = prepared.option_gradients(call, lse, rest, dout, delta, bias_gradient, pair_sums)
     return Gradients(dq, dk, dv, *more)
@@ -589,6 +621,7 @@ def pair_sums(
         weight,
         0,
     ]
-    packed, _workspace = with_workspace("sums", SUMS, values, q.device)
+    size = workspace_size("sums", SUMS, values)
+    packed, _workspace = with_workspace(SUMS, values, size, q.device)
     launch("sums", packed, q=q, k=k, v=v)
     return sums

@@ -157,9 +157,10 @@ def has_bits(mask) -> bool:
     return mask.bits is not None or mask.key_bits is not None or "live" in mask.prepared
 
 
-def lists_for(call, key: tuple[int, int, bool], steps: Steps) -> tuple[Tensor, Tensor] | None:
+def lists_for(call, key: tuple[int, int, int], steps: Steps) -> tuple[Tensor, Tensor] | None:
     """counts and blocks of the tile lists for key = (block_m, block_n, transposed), under which
-    they are kept; None for affine masks."""
+    they are kept; None for affine masks. transposed: 0, of row blocks; 1, of column blocks; 2, of
+    column blocks in pairs with whose turn is before theirs (csrc/tilemask.h)."""
     mask = call.mask
     if mask.lo is None and not has_bits(mask):
         return None
@@ -169,10 +170,10 @@ def lists_for(call, key: tuple[int, int, bool], steps: Steps) -> tuple[Tensor, T
     )
 
 
-def prepare(call, list_key: Callable, backward: bool, steps: Steps) -> None:
-    """Make and keep all that kernels read of the call's mask; list_key: the backend's."""
-    for kernel in ("forward", "dq", "dkv") if backward else ("forward",):
-        lists_for(call, list_key(call, kernel), steps)
+def prepare(call, keys: list[tuple], backward: bool, steps: Steps) -> None:
+    """Make and keep all that kernels read of the call's mask; keys: of their lists."""
+    for key in keys:
+        lists_for(call, key, steps)
     mask_parts(call, steps, transposed=backward)
 
 

@@ -132,19 +132,25 @@ def live_rows(parts, bounds, sizes) -> Tensor:
     return pack.live_rows(mask, bounds, spread(parts, batch, heads), len_q, len_k)
 
 
-def build_lists(parts, bounds, sizes, block_m: int, block_n: int, transposed: bool):
+def build_lists(parts, bounds, sizes, block_m: int, block_n: int, transposed: int):
     from ..kernels import pack
     from ..kernels.masks import MaskArgs
 
     batch, heads, len_q, len_k = sizes
     mask, planes = MaskArgs(**mask_fields(parts, batch)), spread(parts, batch, heads)
-    return pack.build_lists(mask, bounds, planes, len_q, len_k, block_m, block_n, transposed)
+    tile = block_m, block_n
+    return pack.build_lists(mask, bounds, planes, len_q, len_k, *tile, transposed=bool(transposed))
 
 
-def list_key(call, kernel: str) -> tuple[int, int, bool]:
+def list_key(call, kernel: str) -> tuple[int, int, int]:
     """What the tile lists of a kernel are kept under: see prepared.lists_for."""
     tile = config(call, kernel)
-    return tile.block_m, tile.block_n, kernel == "dkv"
+    return tile.block_m, tile.block_n, int(kernel == "dkv")
+
+
+def list_keys(call, backward: bool) -> list[tuple[int, int, int]]:
+    """The same of all lists that a forward or a backward walks."""
+    return [list_key(call, kernel) for kernel in (("dq", "dkv") if backward else ("forward",))]
 
 
 def prepare(call, backward: bool, steps: Steps | None = None) -> None:
@@ -152,7 +158,8 @@ def prepare(call, backward: bool, steps: Steps | None = None) -> None:
     if steps is None:  # for masks.prepare()
         with on_device(call.q):
             return prepare(call, backward, launched())
-    prepared.prepare(call, list_key, backward, steps)
+    keys = list_keys(call, False) + (list_keys(call, True) if backward else [])
+    prepared.prepare(call, keys, backward, steps)
 
 
 def mask_of(call, transposed: bool = False):
