@@ -145,7 +145,8 @@ class EmulatedLibrary:
 
         stand_ins = {"pointer": pointer, "launch": launch}
         stand_ins |= {"unfit": lambda device: None, "unavailable": lambda: None}
-        stand_ins["tile_of"] = prepared.asked_once(cuda.tile_of.__wrapped__)  # of this GPU
+        for name in ("tile_of", "has_room"):  # of this GPU
+            stand_ins[name] = prepared.asked_once(getattr(cuda, name).__wrapped__)
         own = {name: getattr(cuda, name) for name in stand_ins}
         load, library.load = library.load, lambda: loaded
         vars(cuda).update(stand_ins)
