@@ -449,8 +449,8 @@ def list_key(call, kernel: str) -> tuple[int, int, int]:
 
 
 def list_keys(call, backward: bool) -> list[tuple[int, int, int]]:
-    """The same of all lists that a forward or a backward walks. Where a call's tensors lie in memory
-    may let its backward walk others: those it makes itself."""
+    """The same of all lists that a forward or a backward walks. Where the tensors of a call lie in
+    memory may let its backward walk others: those it makes itself."""
     if not backward:
         return [list_key(call, "forward")]
     widths = call.q.shape[3], call.v.shape[3]
