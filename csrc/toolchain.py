@@ -1,8 +1,16 @@
 """Makes libtilemask.so of csrc/*.cu: finds nvcc, writes a ninja file and runs it.
 
 Needs Python and nothing else. setup.py builds the library with it, tests build with the same flags.
-One object per source holds the code of all architectures, compiled by one nvcc, which works on
-several of them at a time where there are more CPUs than sources.
+A command works on one source for one architecture, so they are short and as many as there are CPUs
+run at once; of the machine code is made one object per source:
+
+    x.cu -> x.compute_80.ptx -> x.sm_80.cubin, x.sm_86.cubin, ...  \
+    x.cu -> x.host.o                                                > x.o -> libtilemask.so
+
+nvcc has no way to put code into the host's object that it has not compiled itself. So it compiles
+device code there too, as fast as it can, in whose place objcopy puts what fatbinary made of the
+others: its section, .nv_fatbin, and the names of kernels are the same whatever they are compiled
+for.
 """
 
 from __future__ import annotations
@@ -23,13 +31,13 @@ LIBRARY = "libtilemask.so"
 USUAL_HOME = "/usr/local/cuda"
 # machine code for each, and the PTX of which newer GPUs make their own
 ARCHITECTURES = ["80", "86", "89", "90a", "100", "120", "compute_80"]
-FLAGS = [
+HOST_FLAGS = [
     "-std=c++17",
     "-O3",
-    "-lineinfo",
     "-Xcompiler",
     "-fPIC,-fvisibility=hidden,-fno-exceptions,-fno-rtti,-fno-threadsafe-statics",
 ]
+FLAGS = [*HOST_FLAGS, "-lineinfo"]
 MODES = ("auto", "off", "required", "pypi")
 OLDEST_GLIBC = (2, 17)  # of manylinux2014
 MEMORY_PER_JOB = 2 << 30
@@ -216,19 +224,43 @@ def parse_architectures(text: str) -> list[str]:
 # -- building -------------------------------------------------------------------------------------
 
 
-def gencode(architectures: list[str]) -> list[str]:
-    """nvcc's arguments for "90a" (machine code of sm_90a) and "compute_80" (PTX).
+def by_ptx(architectures: list[str]) -> dict[str, list[str]]:
+    """The targets, such as sm_80 and compute_80, that are made of each PTX, such as compute_80.
 
-    PTX takes longest, and is made once for all of a major version: the machine code of 8.6 and 8.9
+    PTX takes long, and is made once for all of a major version: the machine code of 8.6 and 8.9
     comes from the PTX of 8.0, if that is wanted too.
     """
     numbers = [name.removeprefix("compute_") for name in architectures]
-    codes: dict[str, list[str]] = {}
+    targets: dict[str, list[str]] = {}
     for name, number in zip(architectures, numbers):
         alike = [n for n in numbers if n.isdigit() and n[:-1] == number[:-1]] or [number]
         ptx = min(alike, key=int) if number.isdigit() else number
-        codes.setdefault(ptx, []).append(name if name != number else f"sm_{number}")
-    return [f"-gencode=arch=compute_{ptx},code=[{','.join(codes[ptx])}]" for ptx in codes]
+        target = name if name != number else f"sm_{number}"
+        targets.setdefault(f"compute_{ptx}", []).append(target)
+    return targets
+
+
+def to_ptx(virtual: str) -> list[str]:
+    """nvcc's flags for the PTX of a source."""
+    return [*FLAGS, "-ptx", f"-arch={virtual}"]
+
+
+def to_host(virtual: str) -> list[str]:
+    """nvcc's flags for the host's object of a source. Of its device code only the names stay: it is
+    compiled as fast as can be, without optimizations (-G).
+    """
+    return [*HOST_FLAGS, "-G", f"-gencode=arch={virtual},code={virtual}", "-c"]
+
+
+def image(target: str, path: Path) -> str:
+    """fatbinary's argument for the code of sm_80, compute_80, ... in a file."""
+    prefix, number = target.split("_")
+    return f"--image3=kind={'elf' if prefix == 'sm' else 'ptx'},sm={number},file={path}"
+
+
+def embed(fatbin: object, host: object, out: object) -> list:
+    """The command that makes the object ``out`` of the host's and of what fatbinary made."""
+    return ["objcopy", "--update-section", f".nv_fatbin={fatbin}", host, out]
 
 
 def slots() -> int:
@@ -276,15 +308,7 @@ def build(toolkit: Toolkit, architectures: list[str]) -> Path:
             f"nvcc {toolkit.version} ({toolkit.nvcc}) could not build a first kernel for "
             f"{' '.join(architectures)} ({first_error(error)})"
         ) from error
-    jobs = min(slots(), len(sources()))
-    threads = -(-slots() // jobs)  # of each nvcc: architectures that it compiles at once
-    # not in the ninja file, as other flags there are a reason to compile again
-    flags = f"{os.environ.get('NVCC_APPEND_FLAGS', '')} --threads={threads}"
-    done = subprocess.run(
-        [*ninja, "-j", str(jobs), str(relative(folder / LIBRARY))],
-        cwd=ROOT,
-        env=os.environ | {"NVCC_APPEND_FLAGS": flags},
-    )
+    done = subprocess.run([*ninja, "-j", str(slots()), str(relative(folder / LIBRARY))], cwd=ROOT)
     if done.returncode:
         raise SystemExit(
             f"{LIBRARY} was not built, see above; TILEMASK_CUDA=off installs without it"
@@ -295,23 +319,30 @@ def build(toolkit: Toolkit, architectures: list[str]) -> Path:
 def ninja_file(toolkit: Toolkit, architectures: list[str], folder: Path, stubs: list[Path]) -> str:
     """Every path under the root is relative to it: objects do not depend on where it lies."""
     here = relative(folder)
-    compile_words = [toolkit.nvcc, *FLAGS, "--compress-mode=size", *gencode(architectures)]
-    if os.environ.get("CXX"):
-        compile_words += host_compiler(os.environ["CXX"])
+    compilers = host_compiler(os.environ["CXX"]) if os.environ.get("CXX") else []
     compiler = shlex.split(os.environ.get("CC") or "gcc")
     link_words = [*compiler, "-shared"]
     options = [f"--version-script={here / 'exported.map'}", "-z,defs", "--as-needed", "-s"]
     link_words += [f"-Wl,{option}" for option in options]
     made = [relative(stub).with_suffix("") for stub in stubs]
     libraries = [f"-L{toolkit.cudart}", "-lcudart_static", *made, "-lpthread", "-ldl", "-lrt"]
+    nvcc = toolkit.root / "bin/nvcc"  # what it compiled is new when it is
+    fatbinary = [toolkit.root / "bin/fatbinary", "-64", "--compress-mode=size"]
     lines = [
         "ninja_required_version = 1.5",
         f"builddir = {escaped(here)}",
-        "rule nvcc",
-        f"  command = {quoted(compile_words)} -MD -MF $out.d -c $in -o $out",
+        "rule compile",
+        f"  command = {quoted([toolkit.nvcc, *compilers])} $flags -MD -MF $out.d $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
-        "  description = nvcc $in",
+        "  description = nvcc $in: $what",
+        "rule assemble",
+        f"  command = {quoted([toolkit.nvcc, *FLAGS, '-cubin'])} -arch=$what $in -o $out",
+        "  description = nvcc $source: $what",
+        "rule embed",
+        f"  command = {quoted(fatbinary)} --create=$out.fatbin $images && "
+        + " ".join(embed("$out.fatbin", "$host", "$out")),
+        "  description = embed $out",
         "rule stub",
         f"  command = {quoted(compiler)} -shared -nostdlib -Wl,-soname,$name "
         "-Wl,--version-script=${in}.map $in -o $out",
@@ -319,20 +350,43 @@ def ninja_file(toolkit: Toolkit, architectures: list[str], folder: Path, stubs: 
         f"  command = {quoted(link_words)} $in {quoted(libraries)} -o $out",
         "  description = link $out",
     ]
+
+    def add(rule: str, out: Path, inputs: list[Path], needs: list[Path], **values: object) -> Path:
+        lines.append(
+            f"build {escaped(out)}: {rule} {' '.join(map(escaped, inputs))}"
+            + (f" | {' '.join(map(escaped, needs))}" if needs else "")
+        )
+        lines.extend(f"  {name} = {value}" for name, value in values.items())
+        return out
+
+    def add_object(source: Path) -> Path:
+        """One source for every architecture."""
+        targets = by_ptx(architectures)
+        parts = {}
+        for virtual in targets:
+            ptx = here / f"{source.stem}.{virtual}.ptx"
+            flags = quoted(to_ptx(virtual))
+            add("compile", ptx, [relative(source)], [nvcc], flags=flags, what=virtual)
+            for target in targets[virtual]:
+                parts[target] = ptx
+                if target.startswith("sm_"):
+                    parts[target] = here / f"{source.stem}.{target}.cubin"
+                    names = {"source": relative(source), "what": target}
+                    add("assemble", parts[target], [ptx], [nvcc], **names)
+        host, whole = here / f"{source.stem}.host.o", here / f"{source.stem}.o"
+        flags = quoted(to_host(virtual))
+        add("compile", host, [relative(source)], [nvcc], flags=flags, what="host")
+        images = quoted([image(target, part) for target, part in parts.items()])
+        return add("embed", whole, list(parts.values()), [host], host=host, images=images)
+
+    def add_library(name: str, units: list[Path]) -> None:
+        objects = [add_object(unit) for unit in units]
+        add("link", here / name, objects, [here / "exported.map", *made])
+
     for stub, out in zip(stubs, made):
-        lines += [f"build {escaped(out)}: stub {escaped(relative(stub))}", f"  name = {out.name}"]
-
-    def add(target: str, units: list[Path]) -> None:
-        objects = [here / f"{unit.stem}.o" for unit in units]
-        for unit, made_object in zip(units, objects):
-            inputs = f"{escaped(relative(unit))} | {escaped(toolkit.root / 'bin/nvcc')}"
-            lines.append(f"build {escaped(made_object)}: nvcc {inputs}")
-        inputs = " ".join(map(escaped, objects))
-        needs = " ".join(map(escaped, [here / "exported.map", *made]))
-        lines.append(f"build {escaped(here / target)}: link {inputs} | {needs}")
-
-    add("probe.so", [folder / "probe.cu"])
-    add(LIBRARY, sources())
+        add("stub", out, [relative(stub)], [], name=out.name)
+    add_library("probe.so", [folder / "probe.cu"])
+    add_library(LIBRARY, sources())
     return "\n".join(lines) + "\n"
 
 

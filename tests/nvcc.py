@@ -46,13 +46,20 @@ def build_for_emulator(arch: int = 80) -> Path:
     """
     target = {90: "compute_90a"}.get(arch, f"compute_{arch}")
     headers = [path.read_bytes() for path in sorted(toolchain.CSRC.rglob("*.*h"))]
-    nvcc = find_nvcc()
-    flags = [*toolchain.FLAGS, *toolchain.gencode([target]), "-Xfatbin", "-compress=false"]
+    toolkit = toolchain.toolkit_of(find_nvcc())
+    to_ptx, to_host = toolchain.to_ptx(target), toolchain.to_host(target)
+    fatbinary = [toolkit.root / "bin/fatbinary", "-64", "--compress=false"]
 
     def compiled(source: Path) -> Path:
-        key = emulator.digest(emulator.version(nvcc), *flags, *headers, source.read_bytes())
-        command = [nvcc, *flags, "-c", source, "-o"]
-        build = lambda folder: emulator.call([*command, folder / f"{source.stem}.o"])
+        def build(folder: Path) -> None:
+            ptx, host, fatbin = folder / "x.ptx", folder / "x.host.o", folder / "x.fatbin"
+            emulator.call([toolkit.nvcc, *to_ptx, source, "-o", ptx])
+            emulator.call([toolkit.nvcc, *to_host, source, "-o", host])
+            emulator.call([*fatbinary, f"--create={fatbin}", toolchain.image(target, ptx)])
+            emulator.call(toolchain.embed(fatbin, host, folder / f"{source.stem}.o"))
+
+        flags = [toolkit.version, *to_ptx, *to_host]
+        key = emulator.digest(*flags, *headers, source.read_bytes())
         return emulator.cached(f"{source.stem}-{target}-{key}", build) / f"{source.stem}.o"
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

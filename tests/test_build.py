@@ -176,6 +176,30 @@ def test_a_second_build_does_only_what_is_new(tree):
     assert exported(made) == set(DECLARED)  # -fvisibility=hidden, and it is not in the header
 
 
+def test_a_command_is_for_one_source_and_one_architecture(copied, tmp_path):
+    """And the code of all of them is found by the names that the host's object registers."""
+    tree = Path(shutil.copytree(copied, tmp_path / "tree"))
+    for source in (tree / "csrc").glob("*.cu"):  # names of a file's own have a hash of its name
+        kernel = "namespace { template <int N> __global__ void own(int* x) { *x = N; } }\n"
+        launch = f"void {source.stem}_own() {{ own<7><<<1, 1>>>(nullptr); }}\n"
+        source.write_text(source.read_text() + kernel + launch)
+    printed = in_place(tree, TILEMASK_ARCHS="80 86 90a compute_80")
+    made = ["host", "compute_80", "compute_90a", "sm_80", "sm_86", "sm_90a"]
+    wanted = {f"nvcc csrc/{source}: {what}" for source in ("one.cu", "two.cu") for what in made}
+    assert set(re.findall(r"nvcc csrc/\S+ \S+", printed)) == wanted
+
+    (folder,) = (tree / "build/cuda").glob("80-86-*")
+    for source in ("one", "two"):
+        ptx = (folder / f"{source}.compute_90a.ptx").read_text()
+        kernels = re.findall(r"\.entry (\w+)", ptx)
+        assert len(kernels) == 2 and any("GLOBAL__N" in name for name in kernels)
+        for made in ("host.o", "sm_80.cubin", "sm_86.cubin", "sm_90a.cubin", "compute_80.ptx"):
+            text = (folder / f"{source}.{made}").read_bytes()
+            assert all(re.search(rb"\b%s\b" % name.encode(), text) for name in kernels), made
+        found = machine_code(folder / f"{source}.o")
+        assert sorted(found) == [(1, 80), (2, 80), (2, 86), (2, 90)]
+
+
 def test_a_kernel_that_does_not_compile_is_an_error(tree):
     """Also in mode auto: only a first kernel decides whether the library is left out."""
     (tree / "python/tilemask/libtilemask.so").unlink()
@@ -248,11 +272,11 @@ def test_native_means_the_gpus_of_this_machine(nvidia_smi):
 
 def test_architectures_are_names():
     assert toolchain.parse_architectures(" 80;90a, compute_80 80") == ["80", "90a", "compute_80"]
-    assert toolchain.gencode(["80", "89", "90a", "compute_80"]) == [
-        "-gencode=arch=compute_80,code=[sm_80,sm_89,compute_80]",
-        "-gencode=arch=compute_90a,code=[sm_90a]",
-    ]
-    assert toolchain.gencode(["89"]) == ["-gencode=arch=compute_89,code=[sm_89]"]
+    assert toolchain.by_ptx(["80", "89", "90a", "compute_80"]) == {
+        "compute_80": ["sm_80", "sm_89", "compute_80"],
+        "compute_90a": ["sm_90a"],
+    }
+    assert toolchain.by_ptx(["89"]) == {"compute_89": ["sm_89"]}
     with pytest.raises(SystemExit, match=r"TILEMASK_ARCHS has '8\.0'; expected names such as"):
         toolchain.parse_architectures("8.0")
 
