@@ -19,7 +19,7 @@ struct Columns {
 // Scales dk and dv, zeros for dead keys, whose k and v were 0, and stores them, by way of the tiles
 // of k and v, which nobody may read any more. ACROSS warps share 16 * MT columns, each has 8 * NT
 // of the width. factor_v: of dv. All threads call this.
-template <typename T, int WIDTH, int ACROSS, bool ANY, int MT, int NT>
+template <typename T, int BLOCK_N, int WIDTH, int ACROSS, bool ANY, int MT, int NT>
 __device__ __forceinline__ void store_columns(const BackwardCall& call, const Columns& mine,
                                               float (&dk)[MT][NT][4], float (&dv)[MT][NT][4],
                                               float factor_v, uint32_t k_tile, uint32_t v_tile) {
@@ -38,14 +38,14 @@ __device__ __forceinline__ void store_columns(const BackwardCall& call, const Co
     }
   finish_rows(dk, factors_k);
   finish_rows(dv, factors_v);
-  store_accumulator<T, WIDTH>(k_tile, warp_col, dk, first_chunk);
-  store_accumulator<T, WIDTH>(v_tile, warp_col, dv, first_chunk);
+  store_accumulator<T, BLOCK_N>(k_tile, warp_col, dk, first_chunk);
+  store_accumulator<T, BLOCK_N>(v_tile, warp_col, dv, first_chunk);
   __syncthreads();
   const auto store = [&](uint32_t tile, const Head& head) {
     constexpr int COLUMNS = 16 * MT / ACROSS;
     const int first = thread / WARP * COLUMNS;
-    store_rows<COLUMNS, WIDTH, ANY>(tile, first, head, mine.first_col + first,
-                                    [&](int col) { return col < len_k; });
+    store_rows<COLUMNS, BLOCK_N, WIDTH, ANY>(tile, first, head, mine.first_col + first,
+                                             [&](int col) { return col < len_k; });
   };
   const TilemaskSizes& sizes = call.sizes;
   store(k_tile, head_of(call.dk, mine.b, mine.kv_head, sizes.width, call.dk_chunked));

@@ -190,10 +190,10 @@ __global__ void __launch_bounds__(DkvKernel<T, WIDTH, GENERAL>::THREADS, 1)
 
   // where this lane reads k and q; v and do lie at the same places of tiles V_AT and DO_AT after
   constexpr int V_AT = Kernel::K_BYTES, DO_AT = 2 * Kernel::Q_BYTES;
-  const uint32_t k_lanes = lanes_along_rows<WIDTH>(k_tile, warp_col);
-  const uint32_t q_across = lanes_across_rows<WIDTH>(q_tile, warp_row);
+  const uint32_t k_lanes = lanes_along_rows(k_tile, warp_col);
+  const uint32_t q_across = lanes_across_rows(q_tile, warp_row);
   const uint32_t q_along =
-      block_address<WIDTH>(lanes_along_rows<WIDTH>(q_tile, warp_row), 0, width_at / 16);
+      block_address<BLOCK_M>(lanes_along_rows(q_tile, warp_row), 0, width_at / 16);
   float dk[MT][Kernel::WIDTH_TILES][4], dv[MT][Kernel::WIDTH_TILES][4];
   clear(dk);
   clear(dv);
@@ -220,7 +220,8 @@ __global__ void __launch_bounds__(DkvKernel<T, WIDTH, GENERAL>::THREADS, 1)
       clear(ds);
     else
       fill_columns(ds, rows.minus_delta + pair);
-    multiply_transposed<T, WIDTH>(ds, opaque(k_lanes) + V_AT, opaque(q_across) + do_at);
+    multiply_transposed<T, BLOCK_N, BLOCK_M, WIDTH>(ds, opaque(k_lanes) + V_AT,
+                                                    opaque(q_across) + do_at);
     if (more) {
       const uint32_t alive = share_row(partial, ahead, next, 1 - stage);
       load(q_tile + Kernel::Q_BYTES - q_at, mine.q, next, alive);
@@ -243,7 +244,7 @@ __global__ void __launch_bounds__(DkvKernel<T, WIDTH, GENERAL>::THREADS, 1)
       clear(p);
     else
       fill_columns(p, rows.minus_rest + pair);
-    multiply_transposed<T, WIDTH>(p, opaque(k_lanes), opaque(q_across) + q_at);
+    multiply_transposed<T, BLOCK_N, BLOCK_M, WIDTH>(p, opaque(k_lanes), opaque(q_across) + q_at);
     if constexpr (GENERAL)
       scored(
           p, [&](int m, int n, int e, float bend) { ds[m][n][e] *= bend; }, score, mine.options,
@@ -283,19 +284,19 @@ __global__ void __launch_bounds__(DkvKernel<T, WIDTH, GENERAL>::THREADS, 1)
     round_operand<T>(ds_rounded, ds);
     const uint32_t do_lanes = opaque(q_along) + do_at;
     uint32_t q_lanes = opaque(q_along) + q_at;
-    multiply<T, WIDTH>(dv, p_rounded, do_lanes);
+    multiply<T, BLOCK_M>(dv, p_rounded, do_lanes);
     if constexpr (ACROSS > 1) {
       // for the other half of the rows, p and ds of the warp that shares my columns
-      const int other = warp_row == 0 ? TILE_BYTES<ROWS, WIDTH> : -TILE_BYTES<ROWS, WIDTH>;
+      const int other = warp_row == 0 ? ROWS * ROW_BYTES : -ROWS * ROW_BYTES;
       const uint32_t from = exchange + (warp ^ 1) * 2 * Kernel::OPERAND_BYTES;
       const uint32_t to = exchange + warp * 2 * Kernel::OPERAND_BYTES;
       hand_over(to, p_rounded);
       hand_over(to + Kernel::OPERAND_BYTES, ds_rounded);
-      multiply<T, WIDTH>(dk, ds_rounded, q_lanes);
+      multiply<T, BLOCK_M>(dk, ds_rounded, q_lanes);
       bar_sync(1 + warp / 2, 2 * WARP);  // of the two warps: both halves are here
       take_over(p_rounded, from);
       take_over(ds_rounded, from + Kernel::OPERAND_BYTES);
-      multiply<T, WIDTH>(dv, p_rounded, do_lanes + other);
+      multiply<T, BLOCK_M>(dv, p_rounded, do_lanes + other);
       q_lanes += other;
     }
     if constexpr (Kernel::DO_STAGES == 1) {
@@ -304,7 +305,7 @@ __global__ void __launch_bounds__(DkvKernel<T, WIDTH, GENERAL>::THREADS, 1)
       if (more) load(do_tile, mine.dout, after.block, after.alive);
       cp_async_commit_group();
     }
-    multiply<T, WIDTH>(dk, ds_rounded, q_lanes);
+    multiply<T, BLOCK_M>(dk, ds_rounded, q_lanes);
   };
 
   // the query heads that share my key head, in a fixed order
@@ -347,13 +348,13 @@ __global__ void __launch_bounds__(DkvKernel<T, WIDTH, GENERAL>::THREADS, 1)
   cp_async_wait_group<0>();
   __syncthreads();  // nobody reads k or v or writes to their place any more
   const float factor_v = GENERAL && score.seed ? score.keep_factor : 1;
-  store_columns<T, WIDTH, ACROSS, GENERAL>(call,
-                                           {mine.b,
-                                            mine.kv_head,
-                                            mine.first_col,
-                                            {mine.bounds.start, mine.bounds.end},
-                                            keys_of(mask, mine.b)},
-                                           dk, dv, factor_v, k_tile, v_tile);
+  store_columns<T, BLOCK_N, WIDTH, ACROSS, GENERAL>(call,
+                                                    {mine.b,
+                                                     mine.kv_head,
+                                                     mine.first_col,
+                                                     {mine.bounds.start, mine.bounds.end},
+                                                     keys_of(mask, mine.b)},
+                                                    dk, dv, factor_v, k_tile, v_tile);
 }
 
 }  // namespace

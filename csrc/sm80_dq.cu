@@ -105,11 +105,11 @@ __global__ void __launch_bounds__(DqKernel<T, WIDTH, GENERAL>::THREADS, 1)
   __syncthreads();
 
   // delta, then q in the place of out
-  const uint32_t q_lanes = lanes_along_rows<WIDTH>(q_tile, warp_row);
-  const uint32_t do_lanes = lanes_along_rows<WIDTH>(do_tile, warp_row);
+  const uint32_t q_lanes = lanes_along_rows(q_tile, warp_row);
+  const uint32_t do_lanes = lanes_along_rows(do_tile, warp_row);
   float own_delta[MT][2];
   RowLse lse[MT][2];
-  sum_products<T, WIDTH>(own_delta, do_lanes, q_lanes);
+  sum_products<T, BLOCK_M, WIDTH>(own_delta, do_lanes, q_lanes);
 #pragma unroll
   for (int m = 0; m < MT; ++m)
 #pragma unroll
@@ -130,9 +130,9 @@ __global__ void __launch_bounds__(DqKernel<T, WIDTH, GENERAL>::THREADS, 1)
   load_mine(q_tile, head_of(call.q, b, h, call.sizes.width, call.q_chunked));
   cp_async_commit_group();
 
-  const uint32_t k_across = lanes_across_rows<WIDTH>(k_tile, 0);
-  const uint32_t k_along = lanes_along_rows<WIDTH>(k_tile, 0);
-  const uint32_t v_lanes = lanes_across_rows<WIDTH>(v_tile, 0);
+  const uint32_t k_across = lanes_across_rows(k_tile, 0);
+  const uint32_t k_along = lanes_along_rows(k_tile, 0);
+  const uint32_t v_lanes = lanes_across_rows(v_tile, 0);
   float dq[MT][WIDTH / 8][4];
   clear(dq);
 
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(DqKernel<T, WIDTH, GENERAL>::THREADS, 1)
       clear(ds);
     else
       fill_rows(ds, mine.minus_delta + own_row);
-    multiply_transposed<T, WIDTH>(ds, opaque(do_lanes), opaque(v_lanes));
+    multiply_transposed<T, BLOCK_M, BLOCK_N, WIDTH>(ds, opaque(do_lanes), opaque(v_lanes));
     __syncthreads();  // nobody reads this v any more
     if (more) load(partial, v_tile, mine.v, block, own);
     if constexpr (GENERAL) {
@@ -172,7 +172,8 @@ __global__ void __launch_bounds__(DqKernel<T, WIDTH, GENERAL>::THREADS, 1)
       clear(scores);
     else
       fill_rows(scores, mine.minus_rest + own_row);
-    multiply_transposed<T, WIDTH>(scores, opaque(q_lanes), opaque(k_across + stage));
+    multiply_transposed<T, BLOCK_M, BLOCK_N, WIDTH>(scores, opaque(q_lanes),
+                                                    opaque(k_across + stage));
     if constexpr (GENERAL)
       scored(
           scores, [&](int m, int n, int e, float bend) { ds[m][n][e] *= bend; }, score,
@@ -195,7 +196,7 @@ __global__ void __launch_bounds__(DqKernel<T, WIDTH, GENERAL>::THREADS, 1)
     // dq += ds @ k
     uint32_t ds_rounded[MT][NT / 2][4];
     round_operand<T>(ds_rounded, ds);
-    multiply<T, WIDTH>(dq, ds_rounded, opaque(k_along + stage));
+    multiply<T, BLOCK_N>(dq, ds_rounded, opaque(k_along + stage));
   };
 
   // two loops, partial tiles first: the one over full tiles has no mask code at all
@@ -215,9 +216,9 @@ __global__ void __launch_bounds__(DqKernel<T, WIDTH, GENERAL>::THREADS, 1)
     for (int i = 0; i < 2; ++i)
       factor[m][i] = is_alive(mine.rows[own_row + 16 * m + 8 * i]) ? call.sizes.scale : 0;
   finish_rows(dq, factor);
-  store_accumulator<T, WIDTH>(q_tile, warp_row, dq);
+  store_accumulator<T, BLOCK_M>(q_tile, warp_row, dq);
   __syncwarp();
-  store_rows<16 * MT, WIDTH, GENERAL>(
+  store_rows<16 * MT, BLOCK_M, WIDTH, GENERAL>(
       q_tile, warp_row, head_of(call.dq, mine.b, mine.h, call.sizes.width, call.dq_chunked),
       mine.first_row + warp_row, [&](int row) { return row < len_q; });
 }

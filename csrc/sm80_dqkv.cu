@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(DqkvKernel<T, WIDTH>::THREADS, 1)
                              (there ? alive[BLOCK_M / 32 - 1] : 0) >> row};
 #pragma unroll
     for (uint32_t i = 0; i < BLOCK_M; i += STEP)
-      cp_async_16(chunk_address<WIDTH>(tile, row, chunk) + i * (WIDTH * 2),
+      cp_async_16(chunk_address<BLOCK_M>(tile, row, chunk) + i * ROW_BYTES,
                   source + static_cast<int64_t>(from.row) * static_cast<int>(i),
                   own[i / 32] & 1u << i % 32);
   };
@@ -219,8 +219,8 @@ __global__ void __launch_bounds__(DqkvKernel<T, WIDTH>::THREADS, 1)
 
   // where this lane reads k and v, and q and do, in tiles at 0
   const int warp = threadIdx.x / WARP;
-  const uint32_t k_lanes = lanes_along_rows<WIDTH>(0, warp / ACROSS * 16 * MT);
-  const uint32_t q_lanes = lanes_across_rows<WIDTH>(0, warp % ACROSS * ROWS);
+  const uint32_t k_lanes = lanes_along_rows(0, warp / ACROSS * 16 * MT);
+  const uint32_t q_lanes = lanes_across_rows(0, warp % ACROSS * ROWS);
   float dk[MT][Kernel::WIDTH_TILES][4], dv[MT][Kernel::WIDTH_TILES][4];
   clear(dk);
   clear(dv);
@@ -267,8 +267,8 @@ __global__ void __launch_bounds__(DqkvKernel<T, WIDTH>::THREADS, 1)
     const uint32_t start = first_pair(place());
     fill_columns(p, rows.minus_rest + start);
     fill_columns(ds, rows.minus_delta + start);
-    multiply_two_transposed<T, WIDTH>(p, ds, opaque(k_lanes), {k_tile, v_tile}, opaque(q_lanes),
-                                      {q_tile + q_at, do_tile});
+    multiply_two_transposed<T, BLOCK_N, BLOCK_M, WIDTH>(p, ds, opaque(k_lanes), {k_tile, v_tile},
+                                                        opaque(q_lanes), {q_tile + q_at, do_tile});
 
     // p = exp(scores - lse), masked; ds = p * dp
     const Place at = place();
@@ -315,19 +315,18 @@ __global__ void __launch_bounds__(DqkvKernel<T, WIDTH>::THREADS, 1)
     round_operand<T>(ds_rounded, ds);
     const Place now = place();
     [[maybe_unused]] const uint32_t other_row = now.row ^ ROWS;  // of the other warp
-    const uint32_t q_along =
-        block_address<WIDTH>(lanes_along_rows<WIDTH>(q_tile, now.row, now.lane), 0,
-                             now.warp % ACROSS * (WIDTH / ACROSS / 16));
-    [[maybe_unused]] const uint32_t other_along = q_along + (other_row - now.row) * (WIDTH * 2);
+    const uint32_t q_along = block_address<BLOCK_M>(lanes_along_rows(q_tile, now.row, now.lane), 0,
+                                                    now.warp % ACROSS * (WIDTH / ACROSS / 16));
+    [[maybe_unused]] const uint32_t other_along = q_along + (other_row - now.row) * ROW_BYTES;
     store_blocks<Kernel::ROW_BLOCKS>(
         block_at<Kernel::ROW_BLOCKS>(ds_tile, now.col / 8, now.row / 8), ds_rounded, now.lane);
     if constexpr (ACROSS > 1)
       hand_over(exchange + now.warp * Kernel::OPERAND_BYTES, p_rounded, now.lane);
-    multiply<T, WIDTH>(dv, p_rounded, opaque(q_along) + (do_tile - q_tile));
+    multiply<T, BLOCK_M>(dv, p_rounded, opaque(q_along) + (do_tile - q_tile));
     if constexpr (ACROSS > 1) {
       bar_sync(1 + now.warp / 2, 2 * WARP);  // of the two warps: both halves are here
       take_over(p_rounded, exchange + (now.warp ^ 1) * Kernel::OPERAND_BYTES, now.lane);
-      multiply<T, WIDTH>(dv, p_rounded, opaque(other_along) + (do_tile - q_tile));
+      multiply<T, BLOCK_M>(dv, p_rounded, opaque(other_along) + (do_tile - q_tile));
     }
 
     // my turn at these rows; I am done with the last ones
@@ -356,11 +355,11 @@ __global__ void __launch_bounds__(DqkvKernel<T, WIDTH>::THREADS, 1)
     cp_async_commit_group();
 
     // dk += ds @ q, dq += ds.T @ k
-    multiply<T, WIDTH>(dk, ds_rounded, opaque(q_along) + q_at);
+    multiply<T, BLOCK_M>(dk, ds_rounded, opaque(q_along) + q_at);
     if constexpr (ACROSS > 1) {
       load_blocks<Kernel::ROW_BLOCKS>(
           ds_rounded, block_at<Kernel::ROW_BLOCKS>(ds_tile, now.col / 8, other_row / 8), now.lane);
-      multiply<T, WIDTH>(dk, ds_rounded, opaque(other_along) + q_at);
+      multiply<T, BLOCK_M>(dk, ds_rounded, opaque(other_along) + q_at);
     }
     if constexpr (Kernel::Q_STAGES == 1) {
       __syncthreads();  // nobody reads this q any more
@@ -369,9 +368,9 @@ __global__ void __launch_bounds__(DqkvKernel<T, WIDTH>::THREADS, 1)
     }
     constexpr int DQ_WARPS = WIDTH / Kernel::DQ_WIDTH;  // that share rows of dq
     const uint32_t dq_row = now.warp / DQ_WARPS * Kernel::DQ_ROWS;
-    const uint32_t k_along = block_address<WIDTH>(lanes_along_rows<WIDTH>(k_tile, 0, now.lane), 0,
-                                                  now.warp % DQ_WARPS * (Kernel::DQ_WIDTH / 16));
-    multiply_blocks<T, WIDTH, Kernel::ROW_BLOCKS, BLOCK_N / 16>(
+    const uint32_t k_along = block_address<BLOCK_N>(lanes_along_rows(k_tile, 0, now.lane), 0,
+                                                    now.warp % DQ_WARPS * (Kernel::DQ_WIDTH / 16));
+    multiply_blocks<T, BLOCK_N, Kernel::ROW_BLOCKS, BLOCK_N / 16>(
         dq, block_at<Kernel::ROW_BLOCKS>(ds_tile, 0, dq_row / 8), k_along, now.lane);
     each_four([](float (&four)[4], float* at) { st_global_cg(at, four); });
   };
@@ -447,7 +446,7 @@ __global__ void __launch_bounds__(DqkvKernel<T, WIDTH>::THREADS, 1)
 
   cp_async_wait_group<0>();
   __syncthreads();  // nobody reads k or v or writes to their place any more
-  store_columns<T, WIDTH, ACROSS, false>(
+  store_columns<T, BLOCK_N, WIDTH, ACROSS, false>(
       call, {mine.b, mine.kv_head, mine.first_col, {mine.bounds.start, mine.bounds.end}, mine.keys},
       dk, dv, 1, k_tile, v_tile);
 }
@@ -562,11 +561,11 @@ __global__ void __launch_bounds__(DqkvKernel<T, WIDTH>::THREADS)
     }
   finish_rows(dq, factor);
   const uint32_t tile = shared_address(shared);
-  store_accumulator<T, WIDTH>(tile, dq_row, dq, warp % DQ_WARPS * NT);
+  store_accumulator<T, BLOCK_M>(tile, dq_row, dq, warp % DQ_WARPS * NT);
   __syncthreads();
   constexpr int ROWS = BLOCK_M / Kernel::WARPS;
   const int first = warp * ROWS;
-  store_rows<ROWS, WIDTH, false>(
+  store_rows<ROWS, BLOCK_M, WIDTH, false>(
       tile, first,
       head_of(call.dq, bh / call.sizes.heads, bh % call.sizes.heads, call.sizes.width, true),
       block * BLOCK_M + first, [&](int row) { return row < len_q; });

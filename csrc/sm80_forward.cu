@@ -102,14 +102,14 @@ __global__ void __launch_bounds__(ForwardKernel<T, WIDTH, GENERAL, ROWS>::THREAD
   uint32_t own = live_copies<BLOCK_N, WIDTH, THREADS>(mine, block);  // of partial tiles
   if (any) load(Flag<true>(), k_tile, mine.k, block, own);
 
-  const uint32_t q_lanes = opaque(lanes_along_rows<WIDTH>(q_tile, warp_row));
-  const uint32_t k_lanes = opaque(lanes_across_rows<WIDTH>(k_tile, warp_col));
-  const uint32_t v_lanes = opaque(lanes_along_rows<WIDTH>(v_tile, warp_col));
+  const uint32_t q_lanes = opaque(lanes_along_rows(q_tile, warp_row));
+  const uint32_t k_lanes = opaque(lanes_across_rows(k_tile, warp_col));
+  const uint32_t v_lanes = opaque(lanes_along_rows(v_tile, warp_col));
   uint32_t q_reg[MT][WIDTH / 16][4];
   if constexpr (Kernel::Q_IN_REGISTERS) {
     cp_async_wait_group<0>();
     __syncthreads();
-    load_operand<MT, WIDTH>(q_reg, q_lanes);
+    load_operand<BLOCK_M, WIDTH>(q_reg, q_lanes);
   }
 
   float acc[MT][WIDTH / 8][4], m[MT][2], l[MT][2];
@@ -135,9 +135,9 @@ __global__ void __launch_bounds__(ForwardKernel<T, WIDTH, GENERAL, ROWS>::THREAD
     float scores[MT][NT][4];
     clear(scores);
     if constexpr (Kernel::Q_IN_REGISTERS)
-      multiply_transposed<T, WIDTH>(scores, q_reg, k_lanes);
+      multiply_transposed<T, BLOCK_N, WIDTH>(scores, q_reg, k_lanes);
     else
-      multiply_transposed<T, WIDTH>(scores, opaque(q_lanes), opaque(k_lanes));
+      multiply_transposed<T, BLOCK_M, BLOCK_N, WIDTH>(scores, opaque(q_lanes), opaque(k_lanes));
     cp_async_wait_group<0>();
     __syncthreads();  // v is here, and nobody reads this k any more
     if (more) load(partial, k_tile, mine.k, block, own);
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(ForwardKernel<T, WIDTH, GENERAL, ROWS>::THREAD
     // acc += p @ v, rescaled in softmax_step
     uint32_t p[MT][NT / 2][4];
     round_operand<T>(p, scores);
-    multiply<T, WIDTH>(acc, p, opaque(v_lanes));
+    multiply<T, BLOCK_N>(acc, p, opaque(v_lanes));
   };
 
   // two loops, partial tiles first: the one over full tiles has no mask code at all
@@ -203,9 +203,9 @@ __global__ void __launch_bounds__(ForwardKernel<T, WIDTH, GENERAL, ROWS>::THREAD
         store_end(call, static_cast<int64_t>(mine.bh) * len_q + mine.first_row + row, end);
     }
   finish_rows(acc, factor);
-  store_accumulator<T, WIDTH>(q_tile, warp_row, acc);
+  store_accumulator<T, BLOCK_M>(q_tile, warp_row, acc);
   __syncwarp();
-  store_rows<16 * MT, WIDTH, GENERAL>(
+  store_rows<16 * MT, BLOCK_M, WIDTH, GENERAL>(
       q_tile, warp_row, head_of(call.out, mine.b, mine.h, call.sizes.width_v, call.out_chunked),
       mine.first_row + warp_row, [&](int row) { return row < len_q; });
 }

@@ -264,8 +264,8 @@ __global__ void __launch_bounds__(THREADS, WIDTH <= 128 ? 2 : 1)
     // p = exp(scores - lse)
     float p[MT][NT][4];
     clear(p);
-    multiply_transposed<T, WIDTH>(p, opaque(lanes_along_rows<WIDTH>(q_tile, warp_row)),
-                                  opaque(lanes_across_rows<WIDTH>(k_tile, warp_col)));
+    multiply_transposed<T, BLOCK_M, BLOCK_N, WIDTH>(p, opaque(lanes_along_rows(q_tile, warp_row)),
+                                                    opaque(lanes_across_rows(k_tile, warp_col)));
     advance();
     more = seek(next);
     // seek() waited: nobody reads this q and k any more
@@ -291,8 +291,9 @@ __global__ void __launch_bounds__(THREADS, WIDTH <= 128 ? 2 : 1)
       __syncthreads();  // do and v are here
       float dp[MT][NT][4];
       clear(dp);
-      multiply_transposed<T, WIDTH>(dp, opaque(lanes_along_rows<WIDTH>(do_tile, warp_row)),
-                                    opaque(lanes_across_rows<WIDTH>(v_tile, warp_col)));
+      multiply_transposed<T, BLOCK_M, BLOCK_N, WIDTH>(dp,
+                                                      opaque(lanes_along_rows(do_tile, warp_row)),
+                                                      opaque(lanes_across_rows(v_tile, warp_col)));
       drop(dp);
       each([&](int m, int n, int e) { p[m][n][e] *= dp[m][n][e] - row_delta[m][e / 2]; });
       __syncthreads();  // nobody reads do and v any more

@@ -13,21 +13,20 @@ __device__ __forceinline__ int lane_id() { return threadIdx.x % 32; }
 
 // The address that this lane gives ldmatrix for the block of 16 rows and 16 columns at (row, 0) of
 // a tile: as operand a, or as operand b with its 16 rows along k (then with .trans).
-template <int WIDTH>
 __device__ __forceinline__ uint32_t lanes_along_rows(uint32_t tile, int row, int lane = lane_id()) {
-  return chunk_address<WIDTH>(tile, row + lane % 16, lane / 16);
+  return chunk_address(tile, row + lane % 16, lane / 16);
 }
 
 // The same for operand b with its 16 rows along n.
-template <int WIDTH>
 __device__ __forceinline__ uint32_t lanes_across_rows(uint32_t tile, int row) {
-  return chunk_address<WIDTH>(tile, row + lane_id() % 8 + lane_id() / 16 * 8, lane_id() / 8 % 2);
+  return chunk_address(tile, row + lane_id() % 8 + lane_id() / 16 * 8, lane_id() / 8 % 2);
 }
 
-// The block 16 * down rows below and 16 * right columns beside it.
-template <int WIDTH>
-__device__ __forceinline__ uint32_t block_address(uint32_t lanes, int down, int right) {
-  return (lanes ^ right << 5) + down * TILE_BYTES<16, WIDTH>;
+// The block 16 * down rows below and 16 * right columns beside it, in a tile of ROWS rows: four
+// addresses for a row of blocks, from which the others differ by constants.
+template <int ROWS>
+__device__ __forceinline__ uint32_t block_address(uint32_t lanes, int down, uint32_t right) {
+  return (lanes ^ right % 4 << 5) + right / 4 * (ROWS * ROW_BYTES) + down * (16 * ROW_BYTES);
 }
 
 template <int MT, int NT>
@@ -98,17 +97,18 @@ __device__ __forceinline__ void add_to_columns(float (&acc)[MT][NT][4], float fa
   }
 }
 
-// Rows of a tile as operand a: 16 * MT rows, all of WIDTH.
-template <int MT, int WIDTH>
+// Rows of a tile as operand a: 16 * MT of its ROWS rows, all of WIDTH.
+template <int ROWS, int WIDTH, int MT>
 __device__ __forceinline__ void load_operand(uint32_t (&a)[MT][WIDTH / 16][4], uint32_t a_lanes) {
 #pragma unroll
   for (int m = 0; m < MT; ++m)
 #pragma unroll
-    for (int k = 0; k < WIDTH / 16; ++k) ldmatrix_x4(a[m][k], block_address<WIDTH>(a_lanes, m, k));
+    for (int k = 0; k < WIDTH / 16; ++k) ldmatrix_x4(a[m][k], block_address<ROWS>(a_lanes, m, k));
 }
 
-// acc += a b^T: a [16 MT, WIDTH] in registers, b [8 NT, WIDTH] in shared memory (across rows).
-template <typename T, int WIDTH, int MT, int NT>
+// acc += a b^T: a [16 MT, WIDTH] in registers, b [8 NT, WIDTH] in shared memory (across rows), of a
+// tile of B_ROWS rows.
+template <typename T, int B_ROWS, int WIDTH, int MT, int NT>
 __device__ __forceinline__ void multiply_transposed(float (&acc)[MT][NT][4],
                                                     const uint32_t (&a)[MT][WIDTH / 16][4],
                                                     uint32_t b_lanes) {
@@ -117,7 +117,7 @@ __device__ __forceinline__ void multiply_transposed(float (&acc)[MT][NT][4],
 #pragma unroll
     for (int n = 0; n < NT; n += 2) {
       uint32_t b[4];
-      ldmatrix_x4(b, block_address<WIDTH>(b_lanes, n / 2, k));
+      ldmatrix_x4(b, block_address<B_ROWS>(b_lanes, n / 2, k));
 #pragma unroll
       for (int m = 0; m < MT; ++m) {
         T::mma(acc[m][n], a[m][k], b[0], b[1]);
@@ -126,19 +126,19 @@ __device__ __forceinline__ void multiply_transposed(float (&acc)[MT][NT][4],
     }
 }
 
-// The same with a in shared memory too (along rows).
-template <typename T, int WIDTH, int MT, int NT>
+// The same with a in shared memory too (along rows), of a tile of A_ROWS rows.
+template <typename T, int A_ROWS, int B_ROWS, int WIDTH, int MT, int NT>
 __device__ __forceinline__ void multiply_transposed(float (&acc)[MT][NT][4], uint32_t a_lanes,
                                                     uint32_t b_lanes) {
 #pragma unroll
   for (int k = 0; k < WIDTH / 16; ++k) {
     uint32_t a[MT][4];
 #pragma unroll
-    for (int m = 0; m < MT; ++m) ldmatrix_x4(a[m], block_address<WIDTH>(a_lanes, m, k));
+    for (int m = 0; m < MT; ++m) ldmatrix_x4(a[m], block_address<A_ROWS>(a_lanes, m, k));
 #pragma unroll
     for (int n = 0; n < NT; n += 2) {
       uint32_t b[4];
-      ldmatrix_x4(b, block_address<WIDTH>(b_lanes, n / 2, k));
+      ldmatrix_x4(b, block_address<B_ROWS>(b_lanes, n / 2, k));
 #pragma unroll
       for (int m = 0; m < MT; ++m) {
         T::mma(acc[m][n], a[m], b[0], b[1]);
@@ -151,7 +151,7 @@ __device__ __forceinline__ void multiply_transposed(float (&acc)[MT][NT][4], uin
 // Two such products at once, acc += a b^T and other += a' b'^T, of tiles that lie alike: a_lanes
 // and b_lanes are those of a tile at 0, a_at and b_at where the two are. So swizzled addresses are
 // computed once.
-template <typename T, int WIDTH, int MT, int NT>
+template <typename T, int A_ROWS, int B_ROWS, int WIDTH, int MT, int NT>
 __device__ __forceinline__ void multiply_two_transposed(float (&acc)[MT][NT][4],
                                                         float (&other)[MT][NT][4], uint32_t a_lanes,
                                                         const uint32_t (&a_at)[2], uint32_t b_lanes,
@@ -159,11 +159,11 @@ __device__ __forceinline__ void multiply_two_transposed(float (&acc)[MT][NT][4],
   const auto add = [](float (&sum)[MT][NT][4], uint32_t a_block, uint32_t b_block) {
     uint32_t a[MT][4];
 #pragma unroll
-    for (int m = 0; m < MT; ++m) ldmatrix_x4(a[m], a_block + m * TILE_BYTES<16, WIDTH>);
+    for (int m = 0; m < MT; ++m) ldmatrix_x4(a[m], a_block + m * (16 * ROW_BYTES));
 #pragma unroll
     for (int n = 0; n < NT; n += 2) {
       uint32_t b[4];
-      ldmatrix_x4(b, b_block + n / 2 * TILE_BYTES<16, WIDTH>);
+      ldmatrix_x4(b, b_block + n / 2 * (16 * ROW_BYTES));
 #pragma unroll
       for (int m = 0; m < MT; ++m) {
         T::mma(sum[m][n], a[m], b[0], b[1]);
@@ -173,8 +173,8 @@ __device__ __forceinline__ void multiply_two_transposed(float (&acc)[MT][NT][4],
   };
 #pragma unroll
   for (int k = 0; k < WIDTH / 16; ++k) {
-    const uint32_t a = block_address<WIDTH>(a_lanes, 0, k);
-    const uint32_t b = block_address<WIDTH>(b_lanes, 0, k);
+    const uint32_t a = block_address<A_ROWS>(a_lanes, 0, k);
+    const uint32_t b = block_address<B_ROWS>(b_lanes, 0, k);
     add(acc, a + a_at[0], b + b_at[0]);
     add(other, a + a_at[1], b + b_at[1]);
   }
@@ -193,8 +193,9 @@ __device__ __forceinline__ void round_operand(uint32_t (&a)[MT][NT / 2][4],
     }
 }
 
-// acc += a b: a [16 MT, 16 KT] in registers, b [16 KT, 8 NT] in shared memory (along rows).
-template <typename T, int WIDTH, int MT, int NT, int KT>
+// acc += a b: a [16 MT, 16 KT] in registers, b [16 KT, 8 NT] in shared memory (along rows), of a
+// tile of B_ROWS rows.
+template <typename T, int B_ROWS, int MT, int NT, int KT>
 __device__ __forceinline__ void multiply(float (&acc)[MT][NT][4], const uint32_t (&a)[MT][KT][4],
                                          uint32_t b_lanes) {
 #pragma unroll
@@ -202,7 +203,7 @@ __device__ __forceinline__ void multiply(float (&acc)[MT][NT][4], const uint32_t
 #pragma unroll
     for (int n = 0; n < NT; n += 2) {
       uint32_t b[4];
-      ldmatrix_x4_trans(b, block_address<WIDTH>(b_lanes, k, n / 2));
+      ldmatrix_x4_trans(b, block_address<B_ROWS>(b_lanes, k, n / 2));
 #pragma unroll
       for (int m = 0; m < MT; ++m) {
         T::mma(acc[m][n], a[m][k], b[0], b[1]);
@@ -269,7 +270,7 @@ __device__ __forceinline__ void load_blocks(uint32_t (&a)[MT][KT][4], uint32_t t
 }
 
 // acc += a^T b: a [16 KT, 16 MT] in such a tile, b [16 KT, 8 NT] in shared memory (along rows).
-template <typename T, int WIDTH, int BLOCKS, int KT, int MT, int NT>
+template <typename T, int B_ROWS, int BLOCKS, int KT, int MT, int NT>
 __device__ __forceinline__ void multiply_blocks(float (&acc)[MT][NT][4], uint32_t a_tile,
                                                 uint32_t b_lanes, int lane) {
   const int matrix = lane / 8;
@@ -282,7 +283,7 @@ __device__ __forceinline__ void multiply_blocks(float (&acc)[MT][NT][4], uint32_
 #pragma unroll
     for (int n = 0; n < NT; n += 2) {
       uint32_t b[4];
-      ldmatrix_x4_trans(b, block_address<WIDTH>(b_lanes, k, n / 2));
+      ldmatrix_x4_trans(b, block_address<B_ROWS>(b_lanes, k, n / 2));
 #pragma unroll
       for (int m = 0; m < MT; ++m) {
         T::mma(acc[m][n], a[m], b[0], b[1]);
@@ -292,9 +293,9 @@ __device__ __forceinline__ void multiply_blocks(float (&acc)[MT][NT][4], uint32_
   }
 }
 
-// Sums of a * b, element by element, along the rows of two tiles (both along rows): this thread's
-// share of rows 16m + 8i + lane / 4.
-template <typename T, int WIDTH, int MT>
+// Sums of a * b, element by element, along the rows of two tiles (both along rows) of ROWS rows:
+// this thread's share of rows 16m + 8i + lane / 4.
+template <typename T, int ROWS, int WIDTH, int MT>
 __device__ __forceinline__ void sum_products(float (&sum)[MT][2], uint32_t a_lanes,
                                              uint32_t b_lanes) {
 #pragma unroll
@@ -303,8 +304,8 @@ __device__ __forceinline__ void sum_products(float (&sum)[MT][2], uint32_t a_lan
 #pragma unroll
     for (int k = 0; k < WIDTH / 16; ++k) {
       uint32_t a[4], b[4];
-      ldmatrix_x4(a, block_address<WIDTH>(a_lanes, m, k));
-      ldmatrix_x4(b, block_address<WIDTH>(b_lanes, m, k));
+      ldmatrix_x4(a, block_address<ROWS>(a_lanes, m, k));
+      ldmatrix_x4(b, block_address<ROWS>(b_lanes, m, k));
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         float& own = sum[m][j % 2];
@@ -315,8 +316,9 @@ __device__ __forceinline__ void sum_products(float (&sum)[MT][2], uint32_t a_lan
   }
 }
 
-// An accumulator, rounded, into rows of a tile from one of its chunks on: operand a's place.
-template <typename T, int WIDTH, int MT, int NT>
+// An accumulator, rounded, into rows of a tile of ROWS from one of its chunks on: operand a's
+// place.
+template <typename T, int ROWS, int MT, int NT>
 __device__ __forceinline__ void store_accumulator(uint32_t tile, int tile_row,
                                                   const float (&acc)[MT][NT][4],
                                                   int first_chunk = 0) {
@@ -325,8 +327,8 @@ __device__ __forceinline__ void store_accumulator(uint32_t tile, int tile_row,
   for (int m = 0; m < MT; ++m)
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
-      uint32_t upper = chunk_address<WIDTH>(tile, row + 16 * m, first_chunk + n) + byte;
+      uint32_t upper = chunk_address<ROWS>(tile, row + 16 * m, first_chunk + n) + byte;
       st_shared(upper, T::pack(acc[m][n][0], acc[m][n][1]));
-      st_shared(upper + TILE_BYTES<8, WIDTH>, T::pack(acc[m][n][2], acc[m][n][3]));
+      st_shared(upper + 8 * ROW_BYTES, T::pack(acc[m][n][2], acc[m][n][3]));
     }
 }

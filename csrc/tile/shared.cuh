@@ -1,8 +1,8 @@
 // Tiles of 16-bit elements in shared memory: where they lie, and how they get there.
 //
-// A row of WIDTH elements is WIDTH / 8 chunks of 16 bytes; chunk c of row r lies at place
-// c ^ (r % 8). So the eight rows that one phase of ldmatrix reads, and the eight neighbouring
-// chunks that one phase of a copy writes, lie in different banks.
+// A tile is panels of 64 columns, one after the other. A row of a panel is eight chunks of 16
+// bytes; chunk c of row r lies at place c ^ (r % 8). So the eight rows that one phase of ldmatrix
+// reads, and the eight neighbouring chunks that one phase of a copy writes, lie in different banks.
 #pragma once
 
 #include <stdint.h>
@@ -14,9 +14,18 @@
 template <int ROWS, int WIDTH>
 constexpr int TILE_BYTES = ROWS * WIDTH * 2;
 
-template <int WIDTH>
+constexpr int PANEL = 64;             // columns
+constexpr int ROW_BYTES = PANEL * 2;  // of a panel
+
+// Of a chunk of the first panel.
 __device__ __forceinline__ uint32_t chunk_address(uint32_t tile, int row, int chunk) {
-  return tile + row * (WIDTH * 2) + ((chunk ^ (row % 8)) << 4);
+  return tile + row * ROW_BYTES + ((chunk ^ (row % 8)) << 4);
+}
+
+// Of any chunk of a tile with ROWS rows.
+template <int ROWS>
+__device__ __forceinline__ uint32_t chunk_address(uint32_t tile, int row, uint32_t chunk) {
+  return chunk_address(tile + chunk / 8 * (ROWS * ROW_BYTES), row, chunk % 8);
 }
 
 // [length, width] of one batch and one head in global memory.
@@ -46,6 +55,10 @@ struct TileCopy {
   static_assert(THREADS % CHUNKS == 0 && ROWS % STEP == 0, "every thread copies equally many");
   __device__ static int row() { return threadIdx.x / CHUNKS; }  // the first
   __device__ static int chunk() { return threadIdx.x % CHUNKS; }
+  // the place of the i-th, where `first` is that of the first: row() is less than STEP
+  __device__ static uint32_t place(uint32_t first, int i) {
+    return (first ^ i * STEP % 8 << 4) + i * STEP * ROW_BYTES;
+  }
 };
 
 // Starts the copy of ROWS rows from first_row into a tile, zeros where there(i) leaves a thread's
@@ -56,12 +69,13 @@ __device__ __forceinline__ void load_if(uint32_t tile, const Head& head, int fir
                                         There there) {
   using Copy = TileCopy<ROWS, WIDTH, THREADS>;
   const int row = Copy::row(), chunk = Copy::chunk();
+  const uint32_t first = chunk_address<ROWS>(tile, row, chunk);
   const uint16_t* source = head.data + (first_row + row) * head.row + chunk * 8;
   if (!ANY || head.chunked) {
     const int64_t step = Copy::STEP * head.row;
 #pragma unroll ROLLED ? 1 : Copy::COUNT
     for (int i = 0; i < Copy::COUNT; ++i) {
-      cp_async_16(chunk_address<WIDTH>(tile, row + i * Copy::STEP, chunk), source, there(i));
+      cp_async_16(Copy::place(first, i), source, there(i));
       source += step;
     }
   } else if constexpr (ANY) {
@@ -75,8 +89,7 @@ __device__ __forceinline__ void load_if(uint32_t tile, const Head& head, int fir
         const uint32_t element = exists ? source[i * Copy::STEP * head.row + j] : 0;
         pairs[j / 2] = j % 2 ? pairs[j / 2] | element << 16 : element;
       }
-      st_shared_v4(chunk_address<WIDTH>(tile, row + i * Copy::STEP, chunk),
-                   make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
+      st_shared_v4(Copy::place(first, i), make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
     }
   }
 }
@@ -102,17 +115,17 @@ __device__ __forceinline__ void load_rows(uint32_t tile, const Head& head, int f
   load_if<ROWS, WIDTH, THREADS, ANY>(tile, head, first_row, [&](int i) { return own & 1u << i; });
 }
 
-// A warp stores 16 * MT rows of a tile that it wrote itself; inside(row) as above.
-template <int ROWS, int WIDTH, bool ANY, typename Inside>
+// A warp stores COUNT rows of a tile that it wrote itself; inside(row) as above.
+template <int COUNT, int ROWS, int WIDTH, bool ANY, typename Inside>
 __device__ __forceinline__ void store_rows(uint32_t tile, int tile_row, const Head& head,
                                            int first_row, Inside inside) {
   constexpr int CHUNKS = WIDTH / 8, STEP = CHUNKS > 32 ? 1 : 32 / CHUNKS;
   int lane = opaque(threadIdx.x) % 32, row = lane / CHUNKS, chunk = lane % CHUNKS;
 #pragma unroll
-  for (int i = 0; i < ROWS; i += STEP) {
+  for (int i = 0; i < COUNT; i += STEP) {
     int local = row + i;
     if (!inside(first_row + local)) continue;
-    uint4 value = ld_shared_v4(chunk_address<WIDTH>(tile, tile_row + local, chunk));
+    uint4 value = ld_shared_v4(chunk_address<ROWS>(tile, tile_row + local, chunk));
     uint16_t* target = head.data + (first_row + local) * head.row + chunk * 8;
     if (!ANY || head.chunked) {
       if (chunk * 8 < head.width) *reinterpret_cast<uint4*>(target) = value;
