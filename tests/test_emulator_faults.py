@@ -121,6 +121,7 @@ FAULTS = [
     Fault("stage_reused", 90, "in flight|race|arrival past", lambda: (*xy(512)(), 4), tiles,
           block=160),
     Fault("store_unfenced", 90, "fence.proxy.async", xy(128), flipped),
+    Fault("refill_unfenced", 90, "fence.proxy.async", xy(128), flipped),
     Fault("source_reused", 90, "in flight", xy(128), lambda x, y: {1: x}),
     Fault("odd_size", 90, "16", xy(128), lambda x, y: {1: x}),
     Fault("proxy_unfenced", 90, "fence.proxy.async", matrices, product),

@@ -226,6 +226,27 @@ __device__ void store_unfenced(const float* x, float* y) {
 }
 PAIR(store_unfenced, (const float* x, float* y), (x, y))
 
+// a bulk copy comes after what threads wrote there, and only a proxy fence makes it come after
+template <bool WRONG>
+__device__ void refill_unfenced(const float* x, float* y) {
+  __shared__ __align__(128) float tile[128];
+  __shared__ uint64_t full;
+  tile[threadIdx.x] = 0;
+  if (threadIdx.x == 0) {
+    barrier_init(&full, 1);
+    init_fence();
+  }
+  if (!WRONG) proxy_fence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    expect(&full, 512);
+    load_bulk(tile, x, 512, &full);  // refill_unfenced
+  }
+  wait(&full, 0);
+  y[threadIdx.x] = tile[127 - threadIdx.x];
+}
+PAIR(refill_unfenced, (const float* x, float* y), (x, y))
+
 // shared memory is written again while a bulk store still reads it
 template <bool WRONG>
 __device__ void source_reused(const float* x, float* y) {

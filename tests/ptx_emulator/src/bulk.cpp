@@ -83,7 +83,9 @@ void load(Warp& w, int lane, std::vector<Piece> list, uint32_t to, uint32_t byte
   global_runs(list, [&](uint64_t address, uint32_t n) {
     note_read(w, lane, locate(w, lane, Space::Global, address, n, 1), n);
   });
-  if (launch.checks()) block.shadow.begin_write({w, lane}, to, bytes);
+  Shadow::Access access{w, lane};
+  access.async = true;
+  if (launch.checks()) block.shadow.begin_write(access, to, bytes);
   launch.stats->bulk_bytes += bytes;
   defer(w, [&block, list = std::move(list), to, bytes, barrier, type, nan] {
     for (const Piece& p : list) {

@@ -360,6 +360,10 @@ void Shadow::check_write(const Access& a, Cell& c, uint64_t address, bool same) 
   if (c.barrier) fault(a, address, "write to %s, which holds an mbarrier", nullptr);
   if (!same && !(a.atomic && c.write.atomic) && !ordered(a, c.write))
     fault(a, address, "race: write to %s not ordered after the write", &c.write);
+  if (a.async && c.generic && c.written && !ordered(a, c.write, true))
+    fault(a, address,
+          "missing fence.proxy.async: the asynchronous proxy writes %s after the generic write",
+          &c.write);
   auto check = [&](const Event& e) {
     if (!(a.atomic && e.atomic) && !ordered(a, e))
       fault(a, address, "race: write to %s not ordered after the read", &e);
