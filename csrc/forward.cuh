@@ -4,6 +4,7 @@
 #include <stdint.h>
 
 #include "launch.cuh"
+#include "ptx/tma.cuh"
 #include "softmax.cuh"
 #include "tile/fragments.cuh"
 #include "tile/shared.cuh"
@@ -15,6 +16,8 @@ struct ForwardCall : TilemaskForward {
   float* part_acc;  // shares of rows: [splits, B, H, Lq, Dv]
   float* part_m;    // [splits, B, H, Lq]
   float* part_l;
+  CUtensorMap k_map, v_map;
+  bool boxes;  // whether tiles of k and v may be copied by them
 };
 
 // Whether rows run in decode tiles: there are few, or they are heads of one token.

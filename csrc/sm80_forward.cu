@@ -6,7 +6,9 @@
 //
 // FlashAttention-2 (Dao, arXiv:2307.08691), with the mask inside the loop and two loops: one over
 // partial tiles, one over full tiles that has no mask code at all. Copies run ahead over the
-// visited tiles: v arrives during q @ k.T, the next k during the softmax and p @ v.
+// visited tiles: v arrives during q @ k.T, the next k during the softmax and p @ v. From sm_90 on
+// one thread has full tiles copied in boxes; in partial ones threads leave out what padding
+// excludes.
 //
 // Aim, instructions per score in the full loop: what the products and the softmax need, which is
 //   width 64, 128 x 64 tiles: 2 mma, 0.5 ldmatrix, 4.5 softmax (maximum, multiply-add, exp2, sum,
@@ -14,8 +16,10 @@
 //   width 128, 128 x 32: 4 mma, 1.5 ldmatrix, 4.5 softmax, 0.8 copies = 10.8; at most 16
 //   width 256, 128 x 64 or 64 x 64 (see forward_rows): 8 mma, 4.5 ldmatrix, 4.5 softmax, 0.8 or
 //       1.6 copies = 18.6; at most 25
-// and for acc * rescale, which softmax_step seldom does, 1.2, 4.5 and 4.5 more. Partial tiles: at
-// most 5, 8 and 8 more, the words of all kinds of masks included, of which a call uses some.
+// and for acc * rescale, which softmax_step seldom does, 1.2, 4.5 and 4.5 more. Copies in boxes:
+// 0.3 for their barriers, at any width. Partial tiles: at most 5, 8 and 8 more, the words of all
+// kinds of masks included, of which a call uses some.
+#include "boxes.cuh"
 #include "forward.cuh"
 #include "launch.cuh"
 #include "mask.cuh"
@@ -33,6 +37,13 @@ constexpr TileShape shape_of(int width, int rows) {
   return rows == forward_tile(width).block_m ? forward_tile(width) : wide_forward_tile(width);
 }
 
+// What the threads of a block share of its rows, and of the copies in boxes.
+template <int BLOCK_M>
+struct ForwardRows : RowBlock<BLOCK_M> {
+  BoxPlace k_place, v_place;
+  uint64_t k_here, v_here;  // mbarriers
+};
+
 template <typename T, int WIDTH, bool GENERAL, int ROWS>
 struct ForwardKernel {
   static constexpr TileShape SHAPE = shape_of(WIDTH, ROWS);
@@ -47,7 +58,7 @@ struct ForwardKernel {
   static constexpr int Q_BYTES = TILE_BYTES<BLOCK_M, WIDTH>;
   static constexpr int K_BYTES = TILE_BYTES<BLOCK_N, WIDTH>;
   static constexpr int TILES_BYTES = Q_BYTES + 2 * K_BYTES;
-  static constexpr int STATE_BYTES = (sizeof(RowBlock<BLOCK_M>) + 1023) / 1024 * 1024;
+  static constexpr int STATE_BYTES = (sizeof(ForwardRows<BLOCK_M>) + 1023) / 1024 * 1024;
   static constexpr int MERGE_BYTES = DECODE ? merge_bytes(WIDTH, SHAPE.across) : 0;
   static constexpr int SHARED =
       STATE_BYTES + (TILES_BYTES > MERGE_BYTES ? TILES_BYTES : MERGE_BYTES);
@@ -63,7 +74,7 @@ __global__ void __launch_bounds__(ForwardKernel<T, WIDTH, GENERAL, ROWS>::THREAD
   constexpr bool DECODE = Kernel::DECODE;
   constexpr int BLOCK_M = Kernel::BLOCK_M, BLOCK_N = Kernel::BLOCK_N, THREADS = Kernel::THREADS;
   constexpr int MT = Kernel::MT, NT = Kernel::NT, COLUMNS = Kernel::COLUMNS;
-  constexpr bool NATURAL = Kernel::NATURAL;
+  constexpr bool NATURAL = Kernel::NATURAL, BOXES = HAS_TMA && !GENERAL;
   const TilemaskMask& mask = call.mask;
   const TilemaskScore& score = call.score;
   const int len_q = call.sizes.len_q, len_k = call.sizes.len_k;
@@ -79,7 +90,7 @@ __global__ void __launch_bounds__(ForwardKernel<T, WIDTH, GENERAL, ROWS>::THREAD
   const int own_row = warp_row + lane_id() / 4;  // this thread's first row of the tile
 
   extern __shared__ __align__(1024) uint8_t shared[];
-  RowBlock<BLOCK_M>& mine = *reinterpret_cast<RowBlock<BLOCK_M>*>(shared);
+  ForwardRows<BLOCK_M>& mine = *reinterpret_cast<ForwardRows<BLOCK_M>*>(shared);
   const uint32_t q_tile = shared_address(shared) + Kernel::STATE_BYTES;
   const uint32_t k_tile = q_tile + Kernel::Q_BYTES, v_tile = k_tile + Kernel::K_BYTES;
 
@@ -92,15 +103,45 @@ __global__ void __launch_bounds__(ForwardKernel<T, WIDTH, GENERAL, ROWS>::THREAD
   if (call.folded) bounds = same_rows(bounds, len_q);
   find_rows<BLOCK_N, GENERAL>(mine, call, bounds, bh, row_block, call.visits);
   if (DECODE && threadIdx.x == 0) mine.visit = share_of(mine.visit, blockIdx.y, gridDim.y);
+  if (BOXES && threadIdx.x == 0) {
+    const int kv_head = h / (call.sizes.heads / call.sizes.kv_heads);
+    mine.k_place = box_place(call.k, b, kv_head);
+    mine.v_place = box_place(call.v, b, kv_head);
+    mbarrier_init(shared_address(&mine.k_here), 1);
+    mbarrier_init(shared_address(&mine.v_here), 1);
+  }
   __syncthreads();
 
-  const auto load = [&](auto masked, uint32_t tile, const Head& head, int block, uint32_t own) {
-    load_columns<BLOCK_N, WIDTH, THREADS, GENERAL, masked.value>(tile, head, block, own);
+  // starts the copy of a column block: threads do it in the loop over partial tiles, and where
+  // there are no boxes
+  struct Side {
+    uint32_t tile;
+    const Head& head;
+    const CUtensorMap& map;
+    const BoxPlace& place;
+    uint32_t here;
+  };
+  const Side k{k_tile, mine.k, call.k_map, mine.k_place, shared_address(&mine.k_here)};
+  const Side v{v_tile, mine.v, call.v_map, mine.v_place, shared_address(&mine.v_here)};
+  const auto load = [&](auto partial, const Side& side, int block, uint32_t own) {
+    if constexpr (!BOXES || partial.value)
+      load_columns<BLOCK_N, WIDTH, THREADS, GENERAL, partial.value>(side.tile, side.head, block,
+                                                                    own);
+    else if (threadIdx.x == 0)
+      load_boxes<BLOCK_N, WIDTH>(side.tile, side.map, side.here, side.place, block * BLOCK_N);
+  };
+  // until it is here; phase: of the boxes
+  const auto wait = [&](auto partial, const Side& side, uint32_t phase) {
+    if constexpr (!BOXES || partial.value)
+      cp_async_wait_group<0>();
+    else
+      mbarrier_wait(side.here, phase);
+    __syncthreads();
   };
   const bool any = mine.visit.partial + mine.visit.full > 0;
   int block = any ? visited_block(mine.visit, 0) : 0;
   uint32_t own = live_copies<BLOCK_N, WIDTH, THREADS>(mine, block);  // of partial tiles
-  if (any) load(Flag<true>(), k_tile, mine.k, block, own);
+  if (any) load(Flag<true>(), k, block, own);
 
   const uint32_t q_lanes = opaque(lanes_along_rows(q_tile, warp_row));
   const uint32_t k_lanes = opaque(lanes_across_rows(k_tile, warp_col));
@@ -120,15 +161,15 @@ __global__ void __launch_bounds__(ForwardKernel<T, WIDTH, GENERAL, ROWS>::THREAD
     l[a][0] = l[a][1] = 0;
   }
 
+  uint32_t phase = 0;
   const auto forward_step = [&](auto partial, int t) {
     constexpr bool PARTIAL = decltype(partial)::value;
     const int first_col = block * BLOCK_N + warp_col;
     count_visit(mine.visits, block, PARTIAL);
     const bool more = t + 1 < mine.visit.partial + mine.visit.full;
     if (more) block = visited_block(mine.visit, t + 1);
-    cp_async_wait_group<0>();
-    __syncthreads();  // k is here, and nobody reads the last v any more
-    load(partial, v_tile, mine.v, first_col / BLOCK_N, own);
+    wait(partial, k, phase);  // k is here, and nobody reads the last v any more
+    load(partial, v, first_col / BLOCK_N, own);
     if (PARTIAL) own = live_copies<BLOCK_N, WIDTH, THREADS>(mine, block);
 
     // scores = q @ k.T, biased and masked
@@ -138,9 +179,9 @@ __global__ void __launch_bounds__(ForwardKernel<T, WIDTH, GENERAL, ROWS>::THREAD
       multiply_transposed<T, BLOCK_N, WIDTH>(scores, q_reg, k_lanes);
     else
       multiply_transposed<T, BLOCK_M, BLOCK_N, WIDTH>(scores, opaque(q_lanes), opaque(k_lanes));
-    cp_async_wait_group<0>();
-    __syncthreads();  // v is here, and nobody reads this k any more
-    if (more) load(partial, k_tile, mine.k, block, own);
+    wait(partial, v, phase);  // v is here, and nobody reads this k any more
+    if (more) load(partial, k, block, own);
+    phase ^= 1;
     if constexpr (GENERAL)
       scored(scores, NoBend(), score, mine.options,
              Place<false>{mine.first_row + own_row, first_col + 2 * lane}, call.sizes.scale, len_q,
@@ -169,6 +210,12 @@ __global__ void __launch_bounds__(ForwardKernel<T, WIDTH, GENERAL, ROWS>::THREAD
   int t = 0;
 #pragma unroll 1
   for (; t < mine.visit.partial; ++t) forward_step(Flag<true>(), t);
+  if (BOXES && any) {  // the next k is here: threads copied it, which boxes may overwrite
+    cp_async_wait_group<0>();
+    fence_proxy_async();
+    if (threadIdx.x == 0) mbarrier_arrive(k.here);
+    phase = 0;
+  }
 #pragma unroll 1
   for (; t < mine.visit.partial + mine.visit.full; ++t) forward_step(Flag<false>(), t);
 
@@ -211,10 +258,18 @@ __global__ void __launch_bounds__(ForwardKernel<T, WIDTH, GENERAL, ROWS>::THREAD
 }
 
 template <typename T, int WIDTH, bool GENERAL, int ROWS>
-int launch_forward(const ForwardCall& call, int splits) {
+int launch_forward(ForwardCall& call, int splits) {
   using Kernel = ForwardKernel<T, WIDTH, GENERAL, ROWS>;
   const TilemaskSizes& sizes = call.sizes;
   TILEMASK_TRY(check_lists(call.mask, call.lists, Kernel::BLOCK_M, Kernel::BLOCK_N));
+  if (call.boxes && !GENERAL) {
+    const auto encode = [&](CUtensorMap& map, const TilemaskTensor& tensor, int width) {
+      return encode_boxes(map, tensor, call.head.dtype, sizes.batch, sizes.kv_heads, sizes.len_k,
+                          width, Kernel::BLOCK_N);
+    };
+    TILEMASK_TRY(encode(call.k_map, call.k, sizes.width));
+    TILEMASK_TRY(encode(call.v_map, call.v, sizes.width_v));
+  }
   dim3 grid(cdiv(sizes.len_q, Kernel::BLOCK_M) * sizes.batch * sizes.heads, splits);
   return launch(forward_kernel<T, WIDTH, GENERAL, ROWS>, grid, Kernel::THREADS, Kernel::SHARED,
                 call);
@@ -241,7 +296,11 @@ extern "C" int tilemask_forward(const TilemaskForward* given) {
   call.v_chunked = is_chunked(call.v, sizes.width_v);
   call.out_chunked = is_chunked(call.out, sizes.width_v);
   const bool chunked = call.q_chunked && call.k_chunked && call.v_chunked && call.out_chunked;
-  const bool general = has_options(call.score) || !chunked || sizes.scale <= 0;
+  call.boxes = sizes.len_k > 0 && has_boxes(call.head.device);
+  const bool mappable = is_mappable(call.k, sizes.len_k, sizes.width) &&
+                        is_mappable(call.v, sizes.len_k, sizes.width_v);
+  const bool general =
+      has_options(call.score) || !chunked || (call.boxes && !mappable) || sizes.scale <= 0;
 
   DeviceScope scope(call.head.device);
   TILEMASK_TRY(scope.code());

@@ -127,8 +127,8 @@ typedef struct TilemaskForward {
 
 /* Gradients. Calls without options take one pass where the GPU has room for it, and a workspace, of
  * which dQ in float32 is the most; others take one for dQ and one for dK and dV, and no workspace.
- * Lists, of which the workspace's size does not depend: for one pass those of column blocks, for
- * the tile of TILEMASK_DQKV; for two those of TILEMASK_DQ, and of column blocks for TILEMASK_DKV.
+ * Lists: for one pass those of column blocks, for the tile of TILEMASK_DQKV; for two those of
+ * TILEMASK_DQ, and of column blocks for TILEMASK_DKV. The workspace's size does not depend on them.
  * Visits are counted by the kernels that run. */
 typedef struct TilemaskBackward {
   TilemaskHead head;

@@ -1,7 +1,7 @@
-"""What it takes to build the CUDA library: seconds and memory of each source for each architecture,
-and of the whole default build.
+"""What it takes to build the CUDA library: seconds and memory of the whole default build, and of
+each of its commands when it runs alone.
 
-    python tests/build_report.py            prints it, in about ten minutes on two CPUs
+    python tests/build_report.py            prints it, in about 15 minutes on two CPUs
     python tests/build_report.py --write    writes it to bench/results/static/build.json
 
 Nothing else should run meanwhile.
@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 import library_code
-from nvcc import find_nvcc, toolchain
+from nvcc import toolchain
 
 WHOLE = """
 import sys
@@ -32,27 +32,26 @@ toolchain.build(toolchain.find_toolkit(), toolchain.ARCHITECTURES)
 """
 
 
-def timed(command: list, folder: Path) -> dict:
+def timed(words: list[str], folder: Path) -> dict:
     """Wall seconds of a command, and the memory of its largest process in MiB."""
     began = time.monotonic()
-    process = subprocess.Popen(list(map(str, command)), cwd=folder, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(words, cwd=folder, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise SystemExit(f"failed: {' '.join(map(str, command))}")
+        raise SystemExit(f"failed: {' '.join(words)}")
     return {"seconds": round(time.monotonic() - began, 1), "mib": usage.ru_maxrss >> 10}
 
 
-def whole_build(folder: Path) -> dict:
-    """All of it, and the seconds of each object, which holds the code of every architecture."""
-    shutil.copytree(toolchain.CSRC, folder / "csrc")
-    found = timed([sys.executable, "-c", WHOLE], folder)
-    (log,) = folder.rglob(".ninja_log")
-    for line in log.read_text().splitlines()[1:]:
-        began, ended, _, target, _ = line.split("\t")
-        if target.endswith(".o") and "probe" not in target:
-            seconds = round((int(ended) - int(began)) / 1000, 1)
-            found.setdefault("objects", {})[Path(target).stem] = seconds
-    found["library_bytes"] = next(folder.rglob(toolchain.LIBRARY)).stat().st_size
+def commands(folder: Path) -> dict[str, dict[str, str]]:
+    """Those of a build: source -> what they make of it, such as sm_80.cubin -> the command."""
+    (ninja_file,) = folder.rglob("build.ninja")
+    ninja = [toolchain.find_ninja(), "-C", str(folder), "-f", str(ninja_file)]
+    library = ninja_file.parent.relative_to(folder) / toolchain.LIBRARY
+    found: dict[str, dict[str, str]] = {}
+    for line in toolchain.run([*ninja, "-t", "commands", library]).splitlines():
+        source, _, made = Path(line.split()[-1]).name.partition(".")
+        if (toolchain.CSRC / f"{source}.cu").is_file():
+            found.setdefault(source, {})[made] = line
     return found
 
 
@@ -65,18 +64,19 @@ def report() -> dict:
         "cpus": len(os.sched_getaffinity(0)),
         "machine": platform.machine(),
         "architectures": toolchain.ARCHITECTURES,
-        "files": {},
+        "commands": {},
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        found["whole"] = whole_build(folder)
+        shutil.copytree(toolchain.CSRC, folder / "csrc")
+        found["whole"] = timed([sys.executable, "-c", WHOLE], folder)
+        found["whole"]["library_bytes"] = next(folder.rglob(toolchain.LIBRARY)).stat().st_size
         print(f"whole build: {found['whole']}", flush=True)
-        for source in toolchain.sources():
-            for arch in toolchain.ARCHITECTURES:
-                flags = [*toolchain.FLAGS, *toolchain.gencode([arch])]
-                command = [find_nvcc(), *flags, "-c", source, "-o", folder / "made.o"]
-                found["files"].setdefault(source.stem, {})[arch] = timed(command, folder)
-            print(f"{source.name}: {found['files'][source.stem]}", flush=True)
+        for source, lines in commands(folder).items():
+            found["commands"][source] = {
+                made: timed(["sh", "-c", line], folder) for made, line in lines.items()
+            }
+            print(f"{source}: {found['commands'][source]}", flush=True)
     return found
 
 

@@ -1,10 +1,11 @@
 """The machine code of the CUDA library: what nvcc makes of csrc/, read without a GPU.
 
-    python tests/library_code.py            prints the report of sm_80
-    python tests/library_code.py --write    writes it to bench/results/static/sm_80.json
+    python tests/library_code.py            prints the reports
+    python tests/library_code.py --write    writes them: bench/results/static/sm_80.json, ...
 
-For each kernel that multiplies matrices the report has its registers and, of its loop over tiles,
-instructions per score and the cycles for which one tile keeps each part of a multiprocessor busy.
+For each kernel that multiplies matrices a report has its registers and, of its loop over tiles,
+instructions per score and, on sm_80, the cycles for which one tile keeps each part of a
+multiprocessor busy. On sm_90a it is that of the kernels that differ, which copy tiles in boxes.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from ptx_emulator import build  # noqa: E402
 
 STATIC = ROOT / "bench" / "results" / "static"
 LOOPS = ("sm80_forward", "sm80_dqkv", "sm80_dq", "sm80_dkv")  # sources of loops over tiles
+REPORTED = {"80": LOOPS, "90a": ("sm80_forward",)}
 KERNELS = ("forward", "wide_forward", "decode", "dq", "dkv", "dqkv")  # with tiles of their own
 WARP = 32
 
@@ -103,7 +105,7 @@ def contains(a: tuple[int, int], b: tuple[int, int]) -> bool:
 def parsed(section: str) -> tuple[list[str], list[tuple[int, int]], list[list[int]]]:
     """The mnemonics of a function; its loops: first instruction, and past the last; and which
     instructions may follow each."""
-    labels, instructions, branches = {}, [], []
+    labels, instructions, branches, ends = {}, [], [], []
     for line in section.splitlines():
         label = re.match(r"\s*(\.L_x_\d+):", line)
         if label:
@@ -115,13 +117,32 @@ def parsed(section: str) -> tuple[list[str], list[tuple[int, int]], list[list[in
                 other = found[3].split("`")[0]  # .DIV, or a second predicate
                 always = not found[1] and not re.search(r"DIV|U?P\d", other)
                 branches.append((len(instructions), target[1], always))
+            if found[2] in ("EXIT", "RET") and not found[1]:
+                ends.append(len(instructions))
             instructions.append(found[2])
     ways = [[i + 1] for i in range(len(instructions))]
     for i, target, always in branches:
         if target in labels:
             ways[i] = [labels[target]] if always else [i + 1, labels[target]]
-    spans = [(labels[t], i + 1) for i, t, _ in branches if labels.get(t, i + 1) <= i]
+    for i in ends:
+        ways[i] = []
+    back = [(labels[t], i) for i, t, _ in branches if labels.get(t, i + 1) <= i]
+    spans = [(first, last + 1) for first, last in back if every_way_passes(ways, first, last)]
     return instructions, spans, ways
+
+
+def every_way_passes(ways: list[list[int]], first: int, last: int) -> bool:
+    """Whether ``last`` is reached by way of ``first`` alone: else a branch between them is no loop,
+    but the way back from code that was put at the end because it seldom runs."""
+    seen, left = {first}, [0]
+    while left:
+        i = left.pop()
+        if i == last and first != last:
+            return False
+        if i not in seen and i < len(ways):
+            seen.add(i)
+            left += ways[i]
+    return True
 
 
 def shortest(instructions: list[str], ways: list[list[int]], first: int, last: int) -> int:
@@ -172,6 +193,12 @@ def scores_per_thread(kernel: Kernel) -> int:
     """How many scores of a tile one thread has: products are counted by what they share."""
     shape = shape_of(kernel)
     return shape["block_m"] * shape["block_n"] // (WARP * shape["warps"])
+
+
+def in_boxes(kernel: Kernel, arch: str) -> bool:
+    """Whether it has full tiles copied by the tensor memory accelerator."""
+    plain = re.match(r"forward_kernel<\w+, \d+, false", kernel.name)
+    return plain is not None and int(arch.rstrip("a")) >= 90
 
 
 def expected(kernel: Kernel) -> dict[str, int]:
@@ -263,19 +290,25 @@ def loop_report(body: list[str], scores: int, least: int) -> dict:
 def report(arch: str) -> dict:
     """Of the bfloat16 kernels; those of float16 are the same but for the type of the products."""
     found = {}
-    for source in LOOPS:
+    for source in REPORTED[arch]:
         for kernel in kernels(source, arch):
             if "<BFloat16" not in kernel.name or not kernel.loops:
                 continue
+            if arch != "80" and not in_boxes(kernel, arch):
+                continue
             scores = scores_per_thread(kernel)
             full, partial = zip(kernel.loops, kernel.least, strict=True)
+            loops = {
+                "full": loop_report(full[0], scores, full[1]),
+                "partial": loop_report(partial[0], scores, partial[1]),
+            }
+            for loop in loops.values():
+                if arch != "80":  # PIPES are those of sm_80
+                    del loop["cycles"], loop["bound_by"]
             found[kernel.name] = {
                 "registers": kernel.registers,
                 "scores_per_thread": scores,
-                "loops": {
-                    "full": loop_report(full[0], scores, full[1]),
-                    "partial": loop_report(partial[0], scores, partial[1]),
-                },
+                "loops": loops,
             }
     return dict(sorted(found.items()))
 
@@ -285,12 +318,12 @@ def show(found: dict) -> None:
     widest = max(map(len, found))
     for name, kernel in found.items():
         for kind, loop in kernel["loops"].items():
-            busiest = ", ".join(f"{pipe} {n}" for pipe, n in loop["cycles"].items())
+            busiest = ", ".join(f"{pipe} {n}" for pipe, n in loop.get("cycles", {}).items())
             spills = f" {kernel['spills']:3} spills," if "spills" in kernel else ""
             print(
                 f"{name:{widest}} {kernel['registers']:3} registers,{spills} {kind:7}"
                 f" {loop['least_per_score']:5.1f} to {loop['per_score']:5.1f} instructions per"
-                f" score; cycles: {busiest}"
+                f" score{'; cycles: ' if busiest else ''}{busiest}"
             )
 
 
@@ -320,17 +353,18 @@ def nvcc_release() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", default="80")
     parser.add_argument("--write", action="store_true", help="to bench/results/static/")
     options = parser.parse_args()
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda source: kernels(source, options.arch), LOOPS))
-    kept = {**provenance(options.arch), "kernels": report(options.arch)}
-    show(kept["kernels"])
-    if options.write:
-        STATIC.mkdir(exist_ok=True)
-        text = json.dumps(kept, indent=1)
-        (STATIC / f"sm_{options.arch}.json").write_text(text + "\n")
+        pairs = [(source, arch) for arch, sources in REPORTED.items() for source in sources]
+        list(pool.map(lambda pair: kernels(*pair), pairs))
+    for arch in REPORTED:
+        kept = {**provenance(arch), "kernels": report(arch)}
+        print(f"sm_{arch}")
+        show(kept["kernels"])
+        if options.write:
+            STATIC.mkdir(exist_ok=True)
+            (STATIC / f"sm_{arch}.json").write_text(json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":

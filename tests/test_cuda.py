@@ -457,6 +457,61 @@ def test_the_forward_tile_of_wide_heads_is_that_of_the_gpu(arch, rows):
         assert any(f"Li256ELb0ELi{rows}E" in kernel for kernel in launched())
 
 
+def copied_in_boxes() -> int:
+    """Bytes of all launches since the emulator stood in."""
+    return sum(counts["bulk_bytes"] for _, counts in posed.launches())
+
+
+@emulated
+@pytest.mark.parametrize("arch", [80, 90, 120])
+@pytest.mark.parametrize(
+    "rows, width, box, shares",
+    [
+        (70, 40, (64, 64), 1),
+        (70, 128, (32, 128), 1),
+        (60, 200, (64, 256), 1),
+        (9, 72, (128, 128), 2),  # decoding
+    ],
+)
+def test_full_tiles_come_in_boxes(arch, rows, width, box, shares):
+    """From sm_90 on, but for the first k, which threads copy as they do in partial tiles. The code
+    for sm_80, which stands for that of sm_120 here, has none."""
+    tile, padded = box
+    full, heads = 4, 3
+    q, k, v = (torch.randn(1, heads, n, width).half() for n in (rows, *2 * [full * tile + 5]))
+    with ways.EmulatedLibrary(arch=arch).running():
+        out = tilemask.attention(q, k, v, backend="cuda")
+        copies = heads * (2 * full - shares) if arch == 90 else 0
+        assert copied_in_boxes() == copies * tile * padded * 2
+    wanted = tilemask.attention(q.float(), k.float(), v.float(), backend="reference")
+    torch.testing.assert_close(out.float(), wanted, rtol=2e-3, atol=2e-3)
+
+
+REPEATED = {
+    "over heads": lambda x: x[:, :1].expand_as(x),
+    "over the batch": lambda x: x[:1].expand_as(x),
+    "over both": lambda x: x[:1, :1].expand_as(x),
+    "of one row": lambda x: x[:, :, :1].expand_as(x),
+    "in rows that overlap": lambda x: x.as_strided(x.shape, (8 * 3 * 400, 8 * 400, 8, 1)),
+    "beside others": lambda x: torch.cat([x, x], 3)[..., 64:],
+}
+
+
+@emulated
+@pytest.mark.parametrize("name", REPEATED)
+def test_boxes_of_tensors_that_repeat_themselves(name):
+    """A tensor map gets no stride of 0: such heads and batches are one. Rows that overlap are left
+    to the threads of the general kernel."""
+    torch.manual_seed(0)
+    q = torch.randn(2, 3, 70, 64).half()
+    k, v = (REPEATED[name](torch.randn(2, 3, 400, 64).half()) for _ in "kv")
+    with ways.EmulatedLibrary(arch=90).running():
+        out = tilemask.attention(q, k, v, backend="cuda")
+        assert (copied_in_boxes() == 0) == (name in ("of one row", "in rows that overlap"))
+    wanted = tilemask.attention(q.float(), k.float(), v.float(), backend="reference")
+    torch.testing.assert_close(out.float(), wanted, rtol=2e-3, atol=2e-3)
+
+
 @emulated
 @pytest.mark.parametrize("heads, rows, keys", [(0, 20, 300), (2, 0, 300), (2, 20, 0)])
 def test_gradients_where_there_is_nothing_to_sum(heads, rows, keys):

@@ -18,14 +18,14 @@ constexpr int PANEL = 64;             // columns
 constexpr int ROW_BYTES = PANEL * 2;  // of a panel
 
 // Of a chunk of the first panel.
-__device__ __forceinline__ uint32_t chunk_address(uint32_t tile, int row, int chunk) {
-  return tile + row * ROW_BYTES + ((chunk ^ (row % 8)) << 4);
+__device__ __forceinline__ uint32_t chunk_address(uint32_t tile, uint32_t row, uint32_t chunk) {
+  return tile + row * ROW_BYTES + ((chunk ^ row % 8) << 4);
 }
 
 // Of any chunk of a tile with ROWS rows.
 template <int ROWS>
-__device__ __forceinline__ uint32_t chunk_address(uint32_t tile, int row, uint32_t chunk) {
-  return chunk_address(tile + chunk / 8 * (ROWS * ROW_BYTES), row, chunk % 8);
+__device__ __forceinline__ uint32_t chunk_address(uint32_t tile, uint32_t row, uint32_t chunk) {
+  return chunk_address(tile, row, chunk % 8) + (chunk & ~7u) * (ROWS * ROW_BYTES / 8);
 }
 
 // [length, width] of one batch and one head in global memory.
