@@ -1,16 +1,16 @@
 """Makes libtilemask.so of csrc/*.cu: finds nvcc, writes a ninja file and runs it.
 
 Needs Python and nothing else. setup.py builds the library with it, tests build with the same flags.
-A command works on one source for one architecture, so they are short and as many as there are CPUs
-run at once; of the machine code is made one object per source:
+A command works on one source for one architecture, so none is long and all CPUs are busy. The code
+of all of them becomes one object per source:
 
-    x.cu -> x.compute_80.ptx -> x.sm_80.cubin, x.sm_86.cubin, ...  \
-    x.cu -> x.host.o                                                > x.o -> libtilemask.so
+    x.cu  -> x.compute_80.ptx, ...  -> x.sm_80.cubin, x.sm_86.cubin, ...
+    x.cu  -> x.host.o
+    x.host.o with all cubins and the PTX for newer GPUs  -> x.o  -> libtilemask.so
 
-nvcc has no way to put code into the host's object that it has not compiled itself. So it compiles
-device code there too, as fast as it can, in whose place objcopy puts what fatbinary made of the
-others: its section, .nv_fatbin, and the names of kernels are the same whatever they are compiled
-for.
+nvcc puts into an object only code that the same command compiled. So x.host.o has device code too,
+compiled as fast as can be, and objcopy puts what fatbinary made of the cubins in its place, the
+section .nv_fatbin. Kernels are found by their names, which are the same for all architectures.
 """
 
 from __future__ import annotations

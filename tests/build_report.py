@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import library_code
@@ -30,16 +29,24 @@ sys.path.insert(0, "csrc")
 import toolchain
 toolchain.build(toolchain.find_toolkit(), toolchain.ARCHITECTURES)
 """
+# runs a command in a process of few megabytes: its children begin with as many
+WATCH = """
+import os, subprocess, sys, time
+began = time.monotonic()
+process = subprocess.Popen(sys.argv[1:])
+_, status, usage = os.wait4(process.pid, 0)
+if status:
+    sys.exit(f"failed: {sys.argv[1:]}")
+print([time.monotonic() - began, usage.ru_maxrss])
+"""
 
 
 def timed(words: list[str], folder: Path) -> dict:
     """Wall seconds of a command, and the memory of its largest process in MiB."""
-    began = time.monotonic()
-    process = subprocess.Popen(words, cwd=folder, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"failed: {' '.join(words)}")
-    return {"seconds": round(time.monotonic() - began, 1), "mib": usage.ru_maxrss >> 10}
+    command = [sys.executable, "-c", WATCH, *words]
+    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, check=True)
+    seconds, kib = json.loads(done.stdout.splitlines()[-1])
+    return {"seconds": round(seconds, 1), "mib": kib >> 10}
 
 
 def commands(folder: Path) -> dict[str, dict[str, str]]:
